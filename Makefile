@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Variables are set on make's command line only; the environment may use these names for other purposes.
+# Variables are set only on the command line of make, because the environment may use the same names.
 PYTHON := python3.11
 DEMO := configs/experiment/demo.yaml
 CONFIG := $(DEMO)
@@ -50,7 +50,7 @@ endef
 
 # $(call quoted,VALUE): VALUE as one word of the shell.
 quoted = '$(subst ','\'',$(1))'
-# $(call each,PREFIX,VALUES): one word if VALUES is the name of a file, otherwise one per value between spaces.
+# $(call each,PREFIX,VALUES): one word if VALUES is the path of a file; otherwise, one word per value between spaces.
 each = $(if $(shell test -e $(call quoted,$(2)) && echo 1),$(1)$(call quoted,$(2)),$(foreach name,$(2),$(1)$(call quoted,$(name))))
 # $(call option,--name,VALUE): --name='VALUE', or nothing without a value.
 option = $(if $(2),$(1)=$(call quoted,$(2)))
@@ -64,18 +64,18 @@ RENDER_JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(cal
 RENDER = $(call option,--assets,$(ASSETS)) $(call option,--out,$(OUT)) $(call option,--views,$(VIEWS)) \
   $(call option,--res,$(RES)) $(call option,--samples,$(SAMPLES)) $(call option,--jobs,$(JOBS)) $(ARGS)
 LAYERS = $(call each,-c=,$(CONFIG))
-# The demo's shards are rendered if DATA names them, or if neither DATA nor CONFIG is set.
+# The shards of the demo are rendered if DATA is their folder, or if neither DATA nor CONFIG is set.
 DEMO_SHARDS = $(if $(DRY),,$(if $(filter data/demo,$(or $(DATA),$(if $(filter $(DEMO),$(CONFIG)),data/demo))),\
   data/demo/manifest.json))
 
-# Reject variables that no target lists after its ##: make train NODE=8 would otherwise train on one node.
+# Reject variables that are not listed after the ## of a target. Otherwise, make train NODE=8 would train on one node.
 GIVEN := $(if $(filter-out 0,$(MAKELEVEL)),,$(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name))))
 ifneq ($(GIVEN),)
 TAKEN := $(foreach goal,$(MAKECMDGOALS),$(shell grep -E '^$(goal):' $(firstword $(MAKEFILE_LIST)) | grep -oE '\<[A-Z_]+=' | tr -d =))
 UNKNOWN := $(filter-out PYTHON SHELL MAKE% $(TAKEN),$(GIVEN))
 EMPTY := $(filter-out ARGS SHELL MAKE%,$(foreach name,$(GIVEN),$(if $($(name)),,$(name))))
-$(if $(EMPTY),$(error make $(MAKECMDGOALS): $(EMPTY:%=%=) has no value. Check that the variables of the shell in it are set))
-$(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables from $(or $(TAKEN),none), but found $(UNKNOWN). See `make help`))
+$(if $(EMPTY),$(error make $(MAKECMDGOALS): $(EMPTY:%=%=) has no value. Check that its shell variables are set))
+$(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected $(if $(TAKEN),variables among $(TAKEN),no variables), but found $(UNKNOWN). See `make help`))
 endif
 
 .PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast test-gpu soak bench lint clean
@@ -99,7 +99,7 @@ evaluate: .venv/ready ## Evaluate a trained model: CKPT= DATA= PROTOCOL=lrm PROC
 	.venv/bin/lrm evaluate $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) \
 	  $(call option,--processes,$(PROCESSES)) $(ARGS)
 
-demo: .venv/ready ## Reconstruct photos on a web page: CKPT= ARGS="--port 7860"
+demo: .venv/ready ## Serve a web page that reconstructs photos: CKPT= ARGS="--port 7860"
 	.venv/bin/lrm demo $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 serve: .venv/ready ## Serve reconstructions over HTTP: CKPT= ARGS="--port 8000"
@@ -123,14 +123,14 @@ data/demo/manifest.json:
 tensorboard: .venv/ready ## Show the runs in TensorBoard: ARGS="--port 6007"
 	.venv/bin/tensorboard --logdir runs $(ARGS)
 
-test: .venv/ready .venv-render/ready .tools/ready ## Run all tests that need no GPU: ARGS="-k cameras"
+test: .venv/ready .venv-render/ready .tools/ready ## Run all tests that do not require a GPU: ARGS="-k cameras"
 	.venv/bin/python -m pytest -m "not gpu and not soak" $(ARGS)
 
 test-fast: .venv/ready .tools/ready ## Run the fast tests, without Blender: ARGS=
 	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender" $(ARGS)
 
-test-gpu: .venv/ready ## Run the tests that need a GPU: ARGS=
-	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: PyTorch finds no GPU. Run `make test` for the tests that need none")'
+test-gpu: .venv/ready ## Run the tests that require a GPU: ARGS=
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: PyTorch found no GPU. Run `make test` to run the tests that do not require a GPU")'
 	.venv/bin/python -m pytest -m gpu $(ARGS)
 
 soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tests: ARGS=

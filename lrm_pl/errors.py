@@ -1,4 +1,8 @@
-"""Base class of errors that users can fix."""
+"""Base class of errors that users can fix, and a decorator that prints them."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
 
 
 class InputError(ValueError):
@@ -31,3 +35,21 @@ class InputError(ValueError):
 def counted(number: int, noun: str) -> str:
     """Format a count with a noun, for example, ``1 shard``, ``2 shards``, ``2 processes`` or ``2 meshes``."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "sh")) else "s")
+
+
+def exit_on_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
+    """Decorate the main function of a command so that expected errors exit the process with one message.
+
+    Args:
+        main: Function of the arguments of the command. The arguments default to ``sys.argv[2:]``, which follow the name
+            of the command.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> None:
+        try:
+            main(sys.argv[2:] if arguments is None else arguments)
+        except (InputError, OSError) as error:
+            sys.exit(f"lrm: {error}")
+
+    return run

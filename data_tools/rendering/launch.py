@@ -40,18 +40,17 @@ def launch(options: argparse.Namespace, out: Path) -> None:
                 "NODES="
             ),
         )
-    partition = slurm.effective_partition(options.partition)
     gpus = options.gpus
     if gpus is None:
-        gpus = slurm.gpus_per_node(partition)
+        gpus = slurm.gpus_per_node(options.partition)
     elif slurm.available():
-        slurm.node_shapes(partition)
+        slurm.node_shapes(options.partition)
     command = sbatch_command(
         options.nodes,
         gpus,
         out,
         options.arguments,
-        partition=partition,
+        partition=options.partition,
         account=options.account,
         time=options.time,
     )
@@ -115,11 +114,8 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
             "continues."
         ),
     )
+    slurm.add_options(parser)
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
-    add("--gpus", type=int, help="GPUs per node; 0 renders on CPUs (default: as reported by Slurm)")
-    add("--partition", default="", help="Slurm partition")
-    add("--account", default="", help="Slurm account")
     add("--time", default="", help="time limit of one start of the job (default: Slurm's)")
     add("--dry-run", action="store_true", help="print the command without running it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)

@@ -12,21 +12,17 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lrm_pl.cli.fit_config import build_meta_model
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, exit_on_error
 from lrm_pl.planning.estimate import print_cpu_estimate, print_gpu_estimate
 from lrm_pl.planning.gpus import require_gpu
 from lrm_pl.planning.run_plan import RunPlan, plan_run
 from lrm_pl.planning.strategies import Hardware
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, and print expected errors as one message."""
-    options, arguments = parse(sys.argv[2:] if argv is None else argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
-        _estimate(console, options, arguments)
-    except InputError as error:
-        sys.exit(f"lrm: {error}")
+@exit_on_error
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    _estimate(Console(width=None if sys.stdout.isatty() else 140), *parse(argv))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

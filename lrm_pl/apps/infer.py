@@ -7,9 +7,7 @@ and result.json.
 import argparse
 import dataclasses
 import functools
-import glob
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,98 +16,62 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lrm_pl.apps.options import add_background, add_model, fail, load_pipeline
-from lrm_pl.errors import InputError
+from lrm_pl.apps.options import add_background, add_fields, add_model, load_pipeline
+from lrm_pl.errors import InputError, counted, exit_on_error
+from lrm_pl.inference.find_images import find_images
 from lrm_pl.inference.find_model import find_model
 from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import MESH_FORMATS
 from lrm_pl.paths import require_out, user_path
 
-#: Suffixes of image files. Files with other suffixes in a folder are skipped.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+#: Options that set the fields of MeshOptions, by group: flag, field, type and help text.
+_FIELDS = {
+    "mesh": (
+        ("--resolution", "resolution", int, "resolution of the density grid"),
+        ("--threshold", "threshold", float, "density at the surface (default: estimated)"),
+        ("--floaters", "floaters", float, "minimum area of a component, relative to the largest component"),
+        ("--faces", "max_faces", int, "maximum number of faces (default: unlimited)"),
+        (
+            "--texture-limit",
+            "texture_limit_s",
+            float,
+            "time limit of the UV unwrapping in seconds; vertex colors are kept if it is exceeded",
+        ),
+    ),
+    "assumed camera of the image (default: the camera of training)": (
+        ("--distance", "distance", float, "distance from the center of the object in scene units"),
+        ("--fov", "fov_deg", float, "field of view in degrees"),
+    ),
+    "orbit": (
+        ("--frames", "frames", int, "number of frames; 0 renders neither an orbit nor a grid"),
+        ("--size", "size", int, "side length of a frame in pixels"),
+        ("--elevation", "elevation_deg", float, "elevation in degrees"),
+    ),
+}
 
 
-def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """List the images that a list of paths refers to.
-
-    Args:
-        paths: Image files, folders of images, and glob patterns.
-
-    Returns:
-        The images by name of the result folder, and the skipped files in the folders. The name of a result folder is
-        the stem of the image. If two images have the same stem, the file name is used. If two images have the same
-        file name, the names of their folders are prepended.
-
-    Raises:
-        InputError: A path does not exist, a folder contains no images, or two results would have the same name.
-    """
-    found, skipped = list[Path](), list[Path]()
-    for path in (match for given in paths for match in _expand(given)):
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if not file.is_dir() and file.name[0] != ".")
-            images = [file for file in files if file.suffix.lower() in SUFFIXES]
-            if not images:
-                raise InputError(expected=f"images ({', '.join(SUFFIXES)}) in {path}", found="none")
-            found += images
-            skipped += [file for file in files if file not in images]
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(
-                expected=f"an image or a folder of images at {path}",
-                found="neither",
-                remedy="correct the path",
-            )
-    if bad := [path for path in found if path.stem in (".", "..")]:
-        raise InputError(expected="images with a file name", found=bad[0], remedy="rename it")
-    named = dict[str, Path]()
-    found = list({path.absolute(): path for path in found}.values())
-    for path in found:
-        stems = [other for other in found if other.stem == path.stem]
-        names = [other for other in stems if other.name == path.name]
-        name = path.stem if len(stems) == 1 else path.name
-        if len(names) > 1:
-            name = f"{path.absolute().parent.name}-{path.name}"
-        if name in named:
-            raise InputError(
-                expected="images with different names",
-                found=f"{named[name]} and {path}, which would both be written to OUT/{name}",
-                remedy="rename one",
-            )
-        named[name] = path
-    return named, skipped
-
-
-def _expand(path: Path) -> list[Path]:
-    """Expand a glob pattern. Existing paths and patterns without matches are returned unchanged."""
-    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+@exit_on_error
+def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
     console = Console(soft_wrap=True, markup=False)
-    try:
-        images, skipped = find_images(args.image)
-        names = {field.name for field in dataclasses.fields(MeshOptions)} & set(vars(args))
-        options = MeshOptions(
-            **{name: getattr(args, name) for name in names} | {"formats": tuple(args.formats)}
-        )
-        find_model(args.ckpt)
-        require_out(args.out)
-        from lrm_pl.inference.background import RemoverError
-        from lrm_pl.inference.result_folder import infer, require_video
+    images, skipped = find_images(args.image)
+    fields = dataclasses.fields(MeshOptions)
+    args.formats = tuple(args.formats)
+    options = MeshOptions(**{field.name: getattr(args, field.name) for field in fields})
+    find_model(args.ckpt)
+    require_out(args.out)
+    from lrm_pl.inference.background import RemoverError
+    from lrm_pl.inference.result_folder import infer, require_video
 
-        if options.frames:
-            require_video()
-        pipeline = load_pipeline(args)
-    except (InputError, OSError) as error:
-        fail(error)
+    if options.frames:
+        require_video()
+    pipeline = load_pipeline(args)
     console.print(f"Model: {pipeline.description}")
     if skipped:
-        console.print(f"Skipped, not images by their suffix: {', '.join(map(str, skipped))}")
+        console.print(f"Skipped files without an image suffix: {', '.join(map(str, skipped))}")
     failed = 0
     columns = (
         TextColumn("{task.description:<28}", markup=False),
@@ -121,21 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = bar.add_task("", total=len(images))
         for name, image in images.items():
             out = args.out / name
+            show_stage = functools.partial(_show_stage, bar, task, name[:12])
             try:
-                record = infer(
-                    pipeline, image, out, options, functools.partial(_show_stage, bar, task, name[:12])
-                )
+                _print_result(console, out, infer(pipeline, image, out, options, show_stage))
             except RemoverError as error:  # all images with a background would fail
-                fail(f"{image}: {error}")
+                raise InputError(f"{image}: {error}") from error
             except (InputError, OSError) as error:
                 failed += 1
                 message = str(error)
                 console.print(message if message.startswith(str(image)) else f"{image}: {message}")
-            else:
-                _print_result(console, out, record)
             bar.advance(task)
     if failed:
-        fail(f"{failed} of {len(images)} images failed; see the messages above")
+        raise InputError(f"{failed} of {counted(len(images), 'image')} failed; see the messages above")
 
 
 def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
@@ -159,7 +118,7 @@ def _texture_side(text: str) -> int:
     """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
-            f"expected a number of pixels or nothing, but found {text!r}. Give images first: lrm infer IMAGE --texture"
+            f"expected a number of pixels or no value, but found {text!r}. Give images first: lrm infer IMAGE --texture"
         )
     return int(text)
 
@@ -171,7 +130,7 @@ def _mesh_format(text: str) -> str:
     """
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}. Give images first: lrm infer IMAGE "
+            f"expected formats among {', '.join(MESH_FORMATS)}, but found {text!r}. Give images first: lrm infer IMAGE "
             "--formats glb obj"
         )
     return text
@@ -179,31 +138,16 @@ def _mesh_format(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
-    parser.add_argument(
-        "image", metavar="IMAGE", type=user_path, nargs="+", help="image, folder of images, or 'in/*.png'"
-    )
-    parser.add_argument(
-        "--out", type=user_path, default=Path("out"), help="folder of the results (default: out)"
-    )
+    add = parser.add_argument
+    add("image", metavar="IMAGE", type=user_path, nargs="+", help="image, folder of images, or 'in/*.png'")
+    add("--out", type=user_path, default=Path("out"), help="folder of the results (default: %(default)s)")
     add_model(parser)
     defaults = MeshOptions()
-    mesh = parser.add_argument_group("mesh")
-    mesh.add_argument(
-        "--resolution",
-        type=int,
-        default=defaults.resolution,
-        help="resolution of the density grid (default: 256)",
-    )
-    mesh.add_argument("--threshold", type=float, help="density at the surface (default: estimated)")
-    mesh.add_argument(
-        "--floaters",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="remove components with less than this fraction of the largest one's area (default: 0, keep all)",
-    )
-    mesh.add_argument("--faces", dest="max_faces", type=int, help="maximum number of faces (default: all)")
-    mesh.add_argument(
+    groups = {title: parser.add_argument_group(title) for title in _FIELDS}
+    for title, group in groups.items():
+        add_fields(group, defaults, _FIELDS[title])
+    add = groups["mesh"].add_argument
+    add(
         "--texture",
         type=_texture_side,
         nargs="?",
@@ -213,41 +157,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"bake a texture of about SIDE pixels (1024); limits the mesh to {TEXTURE_FACES} faces unless --faces "
         "is given",
     )
-    mesh.add_argument(
-        "--texture-limit",
-        dest="texture_limit_s",
-        type=float,
-        default=defaults.texture_limit_s,
-        metavar="SECONDS",
-        help="time limit of the UV unwrapping; vertex colors are kept if it is exceeded (default: 60)",
-    )
-    mesh.add_argument(
+    add(
         "--formats",
         nargs="+",
         type=_mesh_format,
         default=defaults.formats,
         metavar="FORMAT",
         help=f"file formats: {', '.join(MESH_FORMATS)} (default: glb)",
-    )
-    camera = parser.add_argument_group("assumed camera of the image (default: that of training)")
-    camera.add_argument("--distance", type=float, help="distance from the object's center, scene units")
-    camera.add_argument("--fov", dest="fov_deg", metavar="FOV", type=float, help="field of view, degrees")
-    orbit = parser.add_argument_group("orbit")
-    orbit.add_argument(
-        "--frames",
-        type=int,
-        default=defaults.frames,
-        help="number of frames; 0: no orbit, no grid (default: 60)",
-    )
-    orbit.add_argument(
-        "--size", type=int, default=defaults.size, help="side of a frame, pixels (default: 256)"
-    )
-    orbit.add_argument(
-        "--elevation",
-        dest="elevation_deg",
-        type=float,
-        default=defaults.elevation_deg,
-        help="degrees (default: 15)",
     )
     add_background(parser)
     return parser

@@ -1,12 +1,13 @@
-"""Options that several commands share.
+"""Options and checks that several commands share.
 
 Importing this module does not import torch, so that invalid commands are reported immediately.
 """
 
 import argparse
+import importlib.util
 import socket
-import sys
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import find_model
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from lrm_pl.inference.pipeline import LRMPipeline
 
 
-def fail(error: object) -> NoReturn:
-    """Print an error message and exit with status 1."""
-    sys.exit(f"lrm: {error}")
-
-
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that select a trained model."""
     parser.add_argument(
@@ -28,18 +24,40 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="run folder, checkpoint (path or URL), folder of `lrm export`, or hf://owner/name on the Hugging Face "
         "Hub (default: the newest run in runs/lrm)",
     )
-    parser.add_argument("--config", type=user_path, help="the run's config.yaml, if not in the run folder")
+    parser.add_argument("--config", type=user_path, help="config.yaml of the run, if not in the run folder")
     parser.add_argument("--average", action="store_true", help="use the moving average of the weights")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the device of the model."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
 def add_background(parser: argparse.ArgumentParser) -> None:
     """Add the options for background removal."""
-    rembg = parser.add_argument_group("background removal")
-    rembg.add_argument(
-        "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: found or downloaded)"
+    group = parser.add_argument_group("background removal")
+    group.add_argument(
+        "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: the cache or a download)"
     )
-    rembg.add_argument("--rembg-sha256", metavar="HEX", help="sha256 of a custom file")
+    group.add_argument("--rembg-sha256", metavar="HEX", help="SHA-256 of a custom file")
+
+
+def add_fields(
+    group: argparse._ArgumentGroup, defaults: object, options: Iterable[tuple[str, str, type, str]]
+) -> None:
+    """Add options that set the fields of a dataclass.
+
+    Args:
+        group: Group of the options.
+        defaults: Instance of the dataclass with the default values.
+        options: Flag, name of the field, type and help text of each option. The default is appended to the help text
+            unless it is None.
+    """
+    for flag, name, kind, text in options:
+        default = getattr(defaults, name)
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=text + shown)
 
 
 def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
@@ -61,13 +79,26 @@ def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
 
 def add_address(parser: argparse.ArgumentParser, port: int) -> None:
     """Add the options for the address of a server."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=port, help="port to listen on (default: %(default)s)")
 
 
 def format_url(host: str, port: int) -> str:
     """Return the URL of an address. IPv6 addresses are enclosed in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def require_packages(command: str, *names: str) -> None:
+    """Check that the optional packages of a command are installed.
+
+    Raises:
+        InputError: A package is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"lrm {command} requires the package {name}", remedy=f"run pip install -e '.[{command}]'"
+            )
 
 
 def require_free(host: str, port: int) -> None:
@@ -78,7 +109,7 @@ def require_free(host: str, port: int) -> None:
     """
     if port == 0:  # the operating system would choose a port, which the printed URL would not contain
         raise InputError(
-            expected=f"a port of {host} to listen on", found="port 0", remedy="choose one: --port 8000"
+            expected="a port to listen on", found=port, remedy="choose a port, such as --port 8000"
         )
     try:
         # A name may resolve to several addresses, and servers listen on all of them.
@@ -90,5 +121,5 @@ def require_free(host: str, port: int) -> None:
                 probe.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"Cannot listen on {host}:{port}: {error}. Choose another address: --host, --port"
+            f"Cannot listen on {host}:{port}: {error}", remedy="choose another address with --host and --port"
         ) from error

@@ -9,40 +9,46 @@ a reverse proxy.
 
 import argparse
 import dataclasses
-import importlib.util
-import sys
 from collections.abc import Sequence
 
 from lrm_pl.apps.options import (
     add_address,
     add_background,
+    add_fields,
     add_model,
-    fail,
     format_url,
     load_pipeline,
     require_free,
+    require_packages,
 )
-from lrm_pl.errors import InputError
+from lrm_pl.errors import exit_on_error
 from lrm_pl.inference.find_model import find_model
 from lrm_pl.inference.options import ServerLimits
 
+#: Options that set the limits: flag, field, type and help text.
+_LIMITS = (
+    ("--megabytes", "megabytes", float, "maximum size of the image file in megabytes"),
+    ("--megapixels", "megapixels", float, "maximum number of pixels of the image in millions"),
+    ("--seconds", "seconds", float, "time limit of the response in seconds, including the time in the queue"),
+    ("--upload-seconds", "upload_seconds", float, "time limit of the upload in seconds"),
+    ("--queue", "queue", int, "maximum number of waiting requests"),
+    ("--resolution", "resolution", int, "maximum resolution of the density grid"),
+)
 
-def main(arguments: Sequence[str] | None = None) -> None:
+
+@exit_on_error
+def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
-    if any(importlib.util.find_spec(name) is None for name in ("uvicorn", "fastapi")):
-        fail("lrm serve needs uvicorn and fastapi: pip install -e '.[serve]'")
-    try:
-        fields = dataclasses.fields(ServerLimits)
-        limits = ServerLimits(**{field.name: getattr(args, field.name) for field in fields})
-        find_model(args.ckpt)
-        require_free(args.host, args.port)
-        from lrm_pl.inference.server import serve
+    args = _parser().parse_args(arguments)
+    require_packages("serve", "uvicorn", "fastapi")
+    fields = dataclasses.fields(ServerLimits)
+    limits = ServerLimits(**{field.name: getattr(args, field.name) for field in fields})
+    find_model(args.ckpt)
+    require_free(args.host, args.port)
+    from lrm_pl.inference.server import serve
 
-        pipeline = load_pipeline(args)
-        pipeline.remover.load()
-    except (InputError, OSError) as error:
-        fail(error)
+    pipeline = load_pipeline(args)
+    pipeline.remover.load()
     url = format_url(args.host, args.port)
     print(f"Model: {pipeline.description}\nTry: curl --data-binary @photo.png {url}/reconstruct -o mesh.glb")
     serve(pipeline, limits, args.host, args.port)
@@ -54,20 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model(parser)
     add_address(parser, 8000)
-    group = parser.add_argument_group("limits per request")
-    defaults = ServerLimits()
-    for name, help_text in (
-        ("megabytes", "maximum size of the image file"),
-        ("megapixels", "maximum number of pixels of the image"),
-        ("seconds", "time limit of the response, including queueing"),
-        ("upload_seconds", "time limit of the upload"),
-        ("queue", "maximum number of waiting requests"),
-        ("resolution", "maximum grid resolution"),
-    ):
-        default = getattr(defaults, name)
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(
-            option, type=type(default), default=default, help=f"{help_text} (default: {default:g})"
-        )
+    add_fields(parser.add_argument_group("limits per request"), ServerLimits(), _LIMITS)
     add_background(parser)
     return parser

@@ -1,8 +1,9 @@
 """Arguments and config layers of ``lrm fit``, such as custom classes and the list of callbacks."""
 
 import argparse
+import contextlib
 import enum
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -23,11 +24,28 @@ BASE = Path(__file__).with_name("base.yaml")
 PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
 set_loader("omegaconf+", load_yaml, (yaml.YAMLError,))
 
+# Defaults of classes, such as Lightning's Timer, may be enum members, which PyYAML cannot write.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
+
 #: Maps each option that names a custom class to the name of the base class, which is used in help texts.
 OWN_CLASSES = {"model_class": "LRMModule", "data_class": "ShardDataModule"}
 
 
-def own_classes(arguments: list[str]) -> dict[str, str | None]:
+def peek(arguments: Sequence[str], *names: str) -> dict[str, Any]:
+    """Return the values of ``--config`` and of other options before the parser of ``lrm fit`` is created.
+
+    Args:
+        arguments: Arguments of the command.
+        names: Names of the other options. The value of an option that is not given is None.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for name in names:
+        parser.add_argument(f"--{name}", dest=name)
+    return vars(parser.parse_known_args(arguments)[0])
+
+
+def own_classes(arguments: Sequence[str]) -> dict[str, str | None]:
     """Return the values of ``--model_class`` and ``--data_class`` from the command line and the config files.
 
     The values are read before the parser is created because the parser is built from the constructors of these classes.
@@ -35,38 +53,35 @@ def own_classes(arguments: list[str]) -> dict[str, str | None]:
     Raises:
         InputError: A class is given as ``class_path``, as in LightningCLI's subclass mode.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    for name in OWN_CLASSES:
-        parser.add_argument(f"--{name}")
-    options, _ = parser.parse_known_args(arguments)
-    names = dict.fromkeys(OWN_CLASSES)
-    for argument in arguments:
-        if match := re.match(r"--(model|data)\.class_path(=|$)", argument):
-            raise InputError(
-                expected=f"--{match[1]}_class to name a class of your own",
-                found=f"--{match[1]}.class_path",
-                remedy=f"use --{match[1]}_class, with its arguments as --{match[1]}.NAME",
-            )
-    for path in options.config:
-        try:
-            layer = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            continue  # the parser reports the error
-        layer = layer if isinstance(layer, dict) else {}
+    sections = ("model", "data")
+    options = peek(arguments, *OWN_CLASSES, *(f"{section}.class_path" for section in sections))
+    layers: dict[str, Any] = {}
+    for path in options["config"]:
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):  # the parser reports the error
+            layers[path] = yaml.safe_load(Path(path).read_text())
+    given = {name: value for name, value in options.items() if value}
+    layers["command line"] = given | {
+        section: {"class_path": given[f"{section}.class_path"]}
+        for section in sections
+        if f"{section}.class_path" in given
+    }
+    names: dict[str, str | None] = dict.fromkeys(OWN_CLASSES)
+    for subject, layer in layers.items():
+        if not isinstance(layer, dict):
+            continue
         names |= {name: layer[name] for name in OWN_CLASSES if name in layer}
-        for section in ("model", "data"):
+        for section in sections:
             if isinstance(layer.get(section), dict) and "class_path" in layer[section]:
                 raise InputError(
-                    subject=path,
+                    subject=subject,
                     expected=f"constructor arguments in the section {section}",
                     found="class_path",
                     remedy=(
-                        f"name the class at the top level, {section}_class: {layer[section]['class_path']}, and move "
-                        f"its init_args directly into {section}"
+                        f"set {section}_class: {layer[section]['class_path']} at the top level of the config, and "
+                        f"move the init_args directly into the section {section}"
                     ),
                 )
-    return names | {name: value for name, value in vars(options).items() if name in OWN_CLASSES and value}
+    return names
 
 
 def load_class(option: str, name: str | None, base: type) -> type:
@@ -81,16 +96,16 @@ def load_class(option: str, name: str | None, base: type) -> type:
         found = resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            expected=f"--{option} to name an importable class",
+            expected=f"an importable class for --{option}",
             found=f"{name} ({error})",
-            remedy="set PYTHONPATH=. for modules in the working folder",
+            remedy="set PYTHONPATH=. if the module is in the working folder",
         ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise InputError(expected=f"--{option} to name a subclass of {base.__name__}", found=name)
+        raise InputError(expected=f"a subclass of {base.__name__} for --{option}", found=name)
     return found
 
 
-def run_config_arguments(arguments: list[str]) -> list[str]:
+def run_config_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments ``-c config.yaml`` for the run that contains ``--ckpt_path``.
 
     The list is empty if the arguments already include a config file, or if no run contains the path.
@@ -98,29 +113,14 @@ def run_config_arguments(arguments: list[str]) -> list[str]:
     Raises:
         InputError: ``--ckpt_path`` does not exist.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--ckpt_path")
-    options, _ = parser.parse_known_args(arguments)
-    path = options.ckpt_path
+    options = peek(arguments, "ckpt_path")
+    path = options["ckpt_path"]
     if path and is_local(path) and not Path(path).expanduser().exists():
         raise InputError(
             expected=f"a checkpoint or a run at {path}", found="nothing", remedy="correct --ckpt_path"
         )
-    run = None if options.config or path is None else find_run_folder(path)
+    run = None if options["config"] or path is None else find_run_folder(path)
     return [] if run is None else ["-c", str(run / "config.yaml")]
-
-
-def plain_strings(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
-    """Replace string enum members, such as the defaults of Lightning's Timer, with plain strings for YAML."""
-    if isinstance(config, Namespace):
-        for name, value in vars(config).items():
-            config[name] = plain_strings(value)
-    elif isinstance(config, list):
-        return [plain_strings(value) for value in config]
-    elif isinstance(config, str) and isinstance(config, enum.Enum):
-        return config.value
-    return config
 
 
 def reject_empty_sections(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
@@ -136,7 +136,7 @@ def reject_empty_sections(config: Namespace, defaults: Namespace, prefix: str = 
             raise InputError(
                 expected=f"settings in the section {prefix}{name}",
                 found="an empty section, which would discard the settings of earlier config files",
-                remedy="add settings to it, or remove its line",
+                remedy="add settings to the section, or remove its line",
             )
         reject_empty_sections(config[name], default, f"{prefix}{name}.")
 
@@ -155,14 +155,13 @@ def merge_callbacks(
         defaults: ``trainer.callbacks`` of ``base.yaml``.
         progress_bar: Whether to include a progress bar.
     """
-    both = [*defaults, *configured]
-    classes = [resolve_name(callback.class_path) for callback in both]
-    default_classes = set(classes[: len(defaults)])
-
-    def is_replaced(index: int) -> bool:
-        cls = classes[index]
-        base = ProgressBar if issubclass(cls, ProgressBar) else cls
-        return cls in default_classes and any(issubclass(later, base) for later in classes[index + 1 :])
-
-    kept = [index for index in range(len(both)) if not is_replaced(index)]
-    return [both[i] for i in kept if progress_bar or not issubclass(classes[i], ProgressBar)]
+    both = [(callback, resolve_name(callback.class_path)) for callback in [*defaults, *configured]]
+    default_classes = [cls for _, cls in both[: len(defaults)]]
+    kept = []
+    for number, (callback, cls) in enumerate(both, 1):
+        is_bar = issubclass(cls, ProgressBar)
+        replacement = ProgressBar if is_bar else cls
+        is_replaced = cls in default_classes and any(issubclass(c, replacement) for _, c in both[number:])
+        if not is_replaced and (progress_bar or not is_bar):
+            kept.append(callback)
+    return kept

@@ -49,24 +49,23 @@ def require_started_together(trainer: L.Trainer) -> None:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise InputError(
-            expected=f"{nodes} nodes started together",
-            found="this node alone",
-            remedy="start them with make train NODES=, srun or torchrun, or use --trainer.num_nodes 1",
+            expected=f"{nodes} nodes that were started together",
+            found="only this node",
+            remedy="start the nodes with make train NODES=, srun or torchrun, or use --trainer.num_nodes 1",
         )
     if TorchElasticEnvironment.detect():
-        launcher, variable = "torchrun", "WORLD_SIZE"
+        launcher, started = "torchrun", int(os.environ.get("WORLD_SIZE", 1))
     elif num_srun_tasks() > 1:
-        launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
+        launcher, started = "srun", num_srun_tasks()
     elif "OMPI_COMM_WORLD_SIZE" in os.environ:
-        launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
+        launcher, started = "mpirun", int(os.environ["OMPI_COMM_WORLD_SIZE"])
     else:
         _require_own_rank(trainer)
         return
-    started = int(os.environ.get(variable, 1))
     if started not in (1, devices * nodes):
         raise InputError(
             expected=f"{devices * nodes} processes (trainer.devices {devices} x trainer.num_nodes {nodes})",
-            found=f"{started} started by {launcher}",
+            found=f"{started} processes, which {launcher} started",
             remedy=(
                 f"add -c configs/trainer/ddp.yaml --trainer.devices {started // nodes or 1}, or start one process "
                 "per device"

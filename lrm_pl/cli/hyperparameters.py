@@ -1,13 +1,13 @@
 """Logging of a run's resolved config as hyperparameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a config to the option names of the command line, such as ``model.optimizer.lr``.
 
     The value of a class is the last part of ``class_path``, and the names of ``init_args`` follow the name of the
@@ -16,25 +16,26 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
     Args:
         config: Nested mappings and lists of plain values.
-        prefix: String to prepend to every name.
     """
-    flat = dict[str, Any]()
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            entries = {str(index): item for index, item in enumerate(value)}
-            if all(isinstance(item, Mapping) and "class_path" in item for item in value):
-                entries = {_class_name(item): item.get("init_args") or {} for item in value}
-                flat[key] = ", ".join(entries)
-            flat |= flatten_config(entries, f"{key}.")
-        elif isinstance(value, Mapping) and "class_path" in value:
-            flat[key] = _class_name(value)
-            flat |= flatten_config(value.get("init_args") or {}, f"{key}.")
-        elif isinstance(value, Mapping):
-            flat |= flatten_config(value, f"{key}.")
-        else:
-            flat[key] = value
-    return flat
+    return dict(entry for name, value in config.items() for entry in _flatten(name, value))
+
+
+def _flatten(key: str, value: object) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the value of each option in ``value``, where ``key`` is the name of ``value``."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        entries = {str(index): item for index, item in enumerate(value)}
+        if all(isinstance(item, Mapping) and "class_path" in item for item in value):
+            entries = {_class_name(item): item.get("init_args") or {} for item in value}
+            yield key, ", ".join(entries)
+        value = entries
+    elif isinstance(value, Mapping) and "class_path" in value:
+        yield key, _class_name(value)
+        value = value.get("init_args") or {}
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flatten(f"{key}.{name}", item)
+    else:
+        yield key, value
 
 
 def log_hyperparameters(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -28,19 +28,12 @@ from lrm_pl.cli.arguments import (
     load_class,
     merge_callbacks,
     own_classes,
-    plain_strings,
     reject_empty_sections,
 )
 from lrm_pl.cli.environment import cluster_environment, require_started_together
-from lrm_pl.cli.report import ReportStopped, print_report
+from lrm_pl.cli.report import print_report
 from lrm_pl.cli.run_record import RunConfigRecord
-from lrm_pl.cli.run_start import (
-    callbacks_of,
-    checkpointing_of,
-    enter_run_folder,
-    load_networks,
-    prepare_data,
-)
+from lrm_pl.cli.run_start import callbacks_of, checkpointing_of, enter_run_folder, prepare
 from lrm_pl.cli.weights import WeightsConfig
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_framing import measure_framing
@@ -67,8 +60,6 @@ logger = logging.getLogger(__name__)
 
 #: Trainer methods that are available as commands.
 Command = Literal["fit", "validate", "test", "predict"]
-
-E = TypeVar("E", bound=BaseException)
 
 
 class LRMCLI(LightningCLI):
@@ -119,7 +110,7 @@ class LRMCLI(LightningCLI):
             InputError: An interpolation cannot be resolved, a section is empty, or the seed is out of range.
         """
         try:
-            self.config = plain_strings(parser.parse_args(cast(list[str], args)))
+            self.config = parser.parse_args(cast(list[str], args))
         except OmegaConfBaseException as error:
             raise InputError(
                 f"cannot resolve ${{...}} in the config: {one_line(error)}",
@@ -156,7 +147,7 @@ class LRMCLI(LightningCLI):
             shown = trainer.enable_progress_bar is not False
             trainer.callbacks = merge_callbacks(trainer.callbacks, defaults.callbacks, progress_bar=shown)
         elif self.command == "fit":
-            logger.warning("trainer.callbacks is empty: the run writes no checkpoints, images or LPIPS")
+            logger.warning("trainer.callbacks is empty, so the run writes no checkpoints, images or LPIPS")
         set_logger_folders(trainer.logger, folder)
         if folder is not None:
             trainer.default_root_dir = folder
@@ -185,7 +176,7 @@ class LRMCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # the message of jsonargparse lists every type that was tried
-            if (own := _cause(error, InputError)) is not None:
+            if (own := _input_error(error)) is not None:
                 raise own from None
             match = re.search(
                 r"Problem with given class_path '(\S+)':\s+(.+?)(?=\n\s*- Expected|\nGiven|\Z)",
@@ -214,7 +205,7 @@ class LRMCLI(LightningCLI):
             options["val_check_interval"] = interval * trainer.accumulate_grad_batches
         if checkpoints := sorted(Path(trainer.default_root_dir or ".").glob("hpc_ckpt_*")):
             raise InputError(
-                f"{checkpoints[0]} is a checkpoint that Lightning would load automatically",
+                f"Lightning would automatically load the checkpoint {checkpoints[0]}",
                 remedy="move it to another folder",
             )
         if (environment := cluster_environment()) is not None:
@@ -320,13 +311,22 @@ class LRMCLI(LightningCLI):
             StoppedError: The run stopped before its last step, or during the report.
         """
         checkpointing = checkpointing_of(self.trainer)
+        checkpoint = "" if checkpointing is None or checkpointing.newest is None else checkpointing.newest
+
+        def check_stop() -> None:
+            if checkpointing is not None and checkpointing.signals.received is not None:
+                raise StoppedError(
+                    "a signal stopped the report after the last step. The checkpoint is "
+                    f"{checkpoint or 'not saved'}. To print the report, start the same command with --run.folder "
+                    f"{trainer_folder(self.trainer)}"
+                )
+
         try:
             if checkpointing is not None and checkpointing.stopped is not None:
                 raise checkpointing.stopped
             if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                print("fast_dev_run: training and validation ran; no files were kept")
+                print("fast_dev_run: training and validation succeeded; no files were kept")
                 return
-            checkpoint = "" if checkpointing is None or checkpointing.newest is None else checkpointing.newest
             averaged = self._load_validated_average(checkpoint)
             self.reports = print_report(
                 self.trainer,
@@ -334,14 +334,9 @@ class LRMCLI(LightningCLI):
                 self.datamodule,
                 self.perceptual,
                 checkpoint,
-                lambda: checkpointing is not None and checkpointing.signals.received is not None,
+                check_stop,
                 weights_name(average=averaged),
             )
-        except ReportStopped:
-            raise StoppedError(
-                f"a signal stopped the report after the last step; the run is in {checkpoint or 'memory only'}. Start "
-                f"the same command with --run.folder {trainer_folder(self.trainer)} for the report"
-            ) from None
         finally:
             if checkpointing is not None:
                 checkpointing.signals.restore()
@@ -357,15 +352,13 @@ class LRMCLI(LightningCLI):
         return averaged
 
     def _prepare(self, *, training: bool) -> None:
-        prepare_data(self.trainer, self.model, self.datamodule, training=training)
-        self.perceptual = load_networks(
-            self.trainer, self.model, self.datamodule, self.config_init["weights"], training=training
-        )
+        weights = self.config_init["weights"]
+        self.perceptual = prepare(self.trainer, self.model, self.datamodule, weights, training=training)
 
 
-def _cause(error: BaseException | None, cls: type[E]) -> E | None:
-    """Return the first error of class ``cls`` in the chain of causes, or None if there is no such error."""
-    while error is not None and not isinstance(error, cls):
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the first ``InputError`` in the chain of causes, or None if there is no such error."""
+    while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 

@@ -3,7 +3,6 @@
 import atexit
 import errno
 import logging
-import re
 import sys
 import threading
 import warnings
@@ -11,7 +10,7 @@ from typing import cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lrm_pl.cli.arguments import run_config_arguments
+from lrm_pl.cli.arguments import peek, run_config_arguments
 from lrm_pl.cli.lightning_cli import LRMCLI, Command, one_line
 from lrm_pl.cli.out_of_memory import is_out_of_memory, out_of_memory_message
 from lrm_pl.errors import InputError
@@ -74,13 +73,10 @@ def command_line(arguments: list[str]) -> LRMCLI:
         arguments: The name of the command, followed by the arguments of the command.
     """
     command, *rest = arguments
-    if command == "fit" and any(re.match(r"--ckpt_path(=|$)", argument) for argument in rest):
+    if command == "fit" and peek(rest, "ckpt_path")["ckpt_path"] is not None:
         raise InputError(
             "lrm fit does not take --ckpt_path",
-            remedy=(
-                "start the same command with --run.folder to resume a run, or use --run.resume PATH to start a new run "
-                "from a checkpoint"
-            ),
+            remedy="use --run.folder to resume a run, or --run.resume PATH to start a new run from a checkpoint",
         )
     if command != "fit":
         rest = [*run_config_arguments(rest), *rest]
@@ -93,23 +89,22 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
     """Return the message for an expected error, or None if the error is not expected."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, MisconfigurationException):
-        return one_line(error)
+    if isinstance(error, OSError) and error.errno in _NO_ACCESS:
+        return (
+            f"no access to a file of the run: {one_line(error)}. Give this user access to the file, or choose another "
+            "folder with --run.folder"
+        )
+    if isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
+        return (
+            f"no space left for files of the run: {one_line(error)}. Free space and start the same command again "
+            "with --run.folder to resume from the newest complete checkpoint"
+        )
     if isinstance(error, OSError):
-        if error.errno in _NO_ACCESS:
-            return (
-                f"no access to a file of the run: {one_line(error)}. Give this user access to it, or choose another "
-                "folder with --run.folder"
-            )
-        if error.errno in NO_SPACE_ERRORS:
-            return (
-                f"no space left for files of the run: {one_line(error)}. Free space and start the same command again "
-                "with --run.folder; it resumes from the newest complete checkpoint"
-            )
         return None
     if any(text in str(error) for text in _SHARED_MEMORY_MESSAGES):
         return "/dev/shm is full. Start the container with --shm-size=8g, or use --data.workers 0"
-    if str(error).startswith("Early stopping conditioned on metric"):  # a RuntimeError that Lightning raises
+    # Lightning raises a RuntimeError for a missing metric of EarlyStopping.
+    if isinstance(error, MisconfigurationException) or str(error).startswith("Early stopping conditioned on"):
         return one_line(error)
     if is_out_of_memory(error) and arguments[0] == "fit":
         return out_of_memory_message(error, arguments[1:])

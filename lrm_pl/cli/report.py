@@ -56,18 +56,14 @@ class Report:
     grid: Float[Tensor, "3 H W"]
 
 
-class ReportStopped(Exception):
-    """Exception that is raised if a stop signal arrives during the report."""
-
-
 def print_report(
     trainer: L.Trainer,
     module: LRMModule,
     data: ShardDataModule,
     perceptual: PerceptualLoss,
     checkpoint: str,
-    stopped: Callable[[], bool],
-    weights: str = "model",
+    check_stop: Callable[[], None],
+    weights: str,
 ) -> dict[str, Report]:
     """Measure the trained model on all evaluation sets, and print the metrics and the next commands.
 
@@ -79,11 +75,8 @@ def print_report(
         data: The data module that the model was trained with.
         perceptual: Network of the LPIPS metric.
         checkpoint: Path of the checkpoint to print.
-        stopped: Function that returns whether a stop signal arrived. It is called between batches.
+        check_stop: Function that is called before each batch, and raises an error if a signal stopped the run.
         weights: Label of the model's row, which names the weights that are measured.
-
-    Raises:
-        ReportStopped: ``stopped`` returned True.
     """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves the module to the CPU when fit ends
@@ -91,19 +84,17 @@ def print_report(
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     training = data.training_views_loader(MAX_OBJECTS)
-    mean_image = mean_target_view(
-        _check_stop(
-            stopped, track(training, "Averaging the training images", len(training), console=console)
-        ),
-        trainer,
+    batches = _check_each(
+        check_stop, track(training, "Averaging the training images", len(training), console=console)
     )
+    mean_image = mean_target_view(batches, trainer)
     for name in EVALUATION_SETS:
         loader = data.evaluation_loader(name, MAX_OBJECTS)
         if not len(loader):
             console.print(f"{data.mixture.name} has no {TITLES[name]} to measure.")
             continue
         with trainer.precision_plugin.forward_context():
-            batches = _check_stop(stopped, track(loader, f"Measuring {name}", console=console))
+            batches = _check_each(check_stop, track(loader, f"Measuring {name}", console=console))
             report = measure(module, batches, perceptual, mean_image, GRID_OBJECTS)
         if report is None:  # the same on all ranks
             console.print(f"{data.mixture.name} has no readable sample among the {TITLES[name]}.")
@@ -123,13 +114,10 @@ def print_report(
             _log_metrics(trainer, reports)
         write_atomically(path, content)
     console.print(
-        f"Reconstruct a photo: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True
+        f"To reconstruct a photo: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True
     )
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
-        command = f"tensorboard --logdir {folder.parent}"
-        in_runs = Path("runs").absolute() in folder.absolute().parents  # make tensorboard shows this folder
-        shown = f"make tensorboard   ({command})" if in_runs else command
-        console.print(f"Watch the run: {shown}", soft_wrap=True)
+        console.print(f"To show the curves: tensorboard --logdir {folder.parent}", soft_wrap=True)
     return reports
 
 
@@ -138,16 +126,13 @@ def _print_metrics(console: Console, title: str, report: Report, weights: str) -
     objects = images // report.views
     console.print(f"{title}: {counted(images, 'image')} of {counted(objects, 'object')}", soft_wrap=True)
     table = Table()
-    for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("")
+    for column in ("PSNR", "PSNR pooled", "SSIM", "LPIPS"):
+        table.add_column(column, justify="right")
     for row, scores in report.rows.items():
-        table.add_row(
-            weights if row == "model" else row,
-            f"{scores.psnr:.2f}",
-            f"{scores.psnr_pooled:.2f}",
-            f"{scores.ssim:.3f}",
-            f"{scores.lpips:.3f}",
-        )
+        metrics = (scores.psnr, scores.psnr_pooled, scores.ssim, scores.lpips)
+        cells = map(str.format, ("{:.2f}", "{:.2f}", "{:.3f}", "{:.3f}"), metrics)
+        table.add_row(weights if row == "model" else row, *cells)
     console.print(table)
 
 
@@ -163,30 +148,26 @@ def _log_metrics(trainer: L.Trainer, reports: Mapping[str, Report]) -> None:
         log.save()
 
 
-def _check_stop(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+def _check_each(check_stop: Callable[[], None], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
     for batch in batches:
-        if stopped():
-            raise ReportStopped
+        check_stop()
         yield batch
 
 
-def mean_target_view(
-    batches: Iterable[PackedBatch], trainer: L.Trainer | None = None
-) -> Float[Tensor, "3 H W"]:
-    """Return the mean target view at the size of the first target view.
+def mean_target_view(batches: Iterable[PackedBatch], trainer: L.Trainer) -> Float[Tensor, "3 H W"]:
+    """Return the mean target view of all processes at the size of the first target view.
 
     In terms of the mean squared error, the mean view is the best prediction that does not depend on the input image.
 
     Args:
         batches: Batches of this process.
-        trainer: If given, the mean includes the batches of all processes of the trainer.
+        trainer: The trainer, which determines the processes.
     """
     unpacked = (packed.to("cpu") for packed in batches)
     total, images = sum_images(batch.target.images[batch.weight > 0].flatten(0, 1) for batch in unpacked)
-    count = torch.tensor(float(images))
-    if trainer is not None and trainer.world_size > 1:
-        device = trainer.strategy.root_device
-        total, count = (trainer.strategy.reduce(x.to(device), reduce_op="sum").cpu() for x in (total, count))
+    device = trainer.strategy.root_device
+    sums = (total.to(device), torch.tensor(float(images), device=device))
+    total, count = (trainer.strategy.reduce(x, reduce_op="sum").cpu() for x in sums)
     return total / count.clamp_min(1)
 
 

@@ -40,11 +40,16 @@ def checkpointing_of(trainer: L.Trainer) -> CheckpointAndResume | None:
     return next(iter(callbacks_of(trainer, CheckpointAndResume)), None)
 
 
-def prepare_data(trainer: L.Trainer, module: LRMModule, data: ShardDataModule, *, training: bool) -> None:
-    """Set up the data module, and check that the data suit the model and the number of processes.
+def prepare(
+    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, weights: WeightsConfig, *, training: bool
+) -> PerceptualLoss:
+    """Set up and check the data, and load the LPIPS networks and, for training, the initial weights.
+
+    Returns:
+        The network of the LPIPS metric.
 
     Raises:
-        InputError: The data are invalid or do not suit the model or the number of processes.
+        InputError: The data are invalid, or do not suit the model or the number of processes.
     """
     data.inputs = module.lrm.input_views
     data.setup("fit")
@@ -52,16 +57,6 @@ def prepare_data(trainer: L.Trainer, module: LRMModule, data: ShardDataModule, *
     if training:
         data.train_dataloader()  # checks the data and the partition of batches into processes
     data.mixture.require_usable(module.renderer.bounds)
-
-
-def load_networks(
-    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, weights: WeightsConfig, *, training: bool
-) -> PerceptualLoss:
-    """Load the LPIPS networks and, for training, the initial weights.
-
-    Returns:
-        The network of the LPIPS metric.
-    """
     if training:
         initialize_network(module.lrm, weights)
     device = trainer.strategy.root_device
@@ -122,10 +117,10 @@ def _require_steps_left(max_steps: int, done: int, folder: Path) -> None:
         raise InputError(
             expected=f"trainer.max_steps of at least {done}, the steps of the run in {folder}",
             found=max_steps,
-            remedy="raise it, or start another run with --run.folder",
+            remedy="increase trainer.max_steps, or start another run with --run.folder",
         )
     if done == max_steps:
         print(
-            f"The run in {folder} is complete ({max_steps} steps). Raise --trainer.max_steps to continue it."
+            f"The run in {folder} is complete ({max_steps} steps). To continue it, increase --trainer.max_steps."
         )
         warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")

@@ -1,13 +1,37 @@
 """YAML loader that rejects duplicate keys. PyYAML would silently use the last value of a duplicate key."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jsonargparse
 import yaml
 
 from lrm_pl.errors import InputError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that raises an ``InputError`` if a mapping contains a key twice.
+
+    Attributes:
+        subject: Name of the loaded text in error messages.
+    """
+
+    subject: str
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Compose a mapping and check its keys."""
+        node = super().compose_mapping_node(anchor)
+        keys: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            first = keys.setdefault(key.value, key) if isinstance(key, yaml.ScalarNode) else key
+            if first is not key:
+                raise InputError(
+                    subject=self.subject,
+                    expected="each key once",
+                    found=f"{key.value} on line {key.start_mark.line + 1} and on line {first.start_mark.line + 1}",
+                    remedy="merge the two entries",
+                )
+        return node
 
 
 def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN401 - any YAML value
@@ -20,32 +44,7 @@ def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN
     Raises:
         InputError: A mapping contains a key twice.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    for first, second in _duplicate_keys(root, set()):
-        raise InputError(
-            subject=os.path.abspath(path) if path else "a section's file, or an option",
-            expected="each key once",
-            found=(
-                f"{second.value} on line {second.start_mark.line + 1} and on line {first.start_mark.line + 1}"
-            ),
-            remedy="merge the two entries",
-        )
+    loader = _UniqueKeyLoader(text)
+    loader.subject = os.path.abspath(path) if path else "the file of a section, or an option"
+    loader.get_single_node()
     return jsonargparse.get_loader("yaml")(text)
-
-
-def _duplicate_keys(node: yaml.Node | None, visited: set[int]) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Yield pairs of a previous and a repeated occurrence of a key in a mapping."""
-    if id(node) in visited:  # the node is an alias
-        return
-    visited.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _duplicate_keys(item, visited)
-    elif isinstance(node, yaml.MappingNode):
-        keys: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    yield keys[key.value], key
-                keys[key.value] = key
-            yield from _duplicate_keys(value, visited)

@@ -10,60 +10,48 @@ import sys
 from collections.abc import Sequence
 
 from lrm_pl.cluster import slurm
-from lrm_pl.cluster.checks.findings import merge_findings, print_table
+from lrm_pl.cluster.checks.findings import print_table
 from lrm_pl.cluster.checks.versions import versions
-from lrm_pl.cluster.launch import data_folders, processes_per_node
-from lrm_pl.errors import InputError
+from lrm_pl.cluster.launch import add_process_options, data_folders, processes_per_node
+from lrm_pl.errors import exit_on_error
 from lrm_pl.training.processes import is_srun_task
 from lrm_pl.weights.resolve import cache_folder
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command, which exits with status 1 if something is missing."""
+@exit_on_error
+def main(argv: Sequence[str]) -> None:
+    """Run the command, which exits with status 1 if a requirement is missing."""
     parser = argparse.ArgumentParser(
         prog="lrm doctor",
         description=__doc__,
         usage="%(prog)s [options] [arguments of lrm fit]",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--nodes", type=int, help="number of nodes, started by Slurm")
-    add("--gpus", type=int, help="GPUs per node; 0 is CPUs")
-    add("--processes", type=int, help="processes per node on CPUs")
-    add("--partition", default="", help="Slurm partition")
-    add("--account", default="", help="Slurm account")
-    add("--container", default="", help="container image to check (pyxis)")
-    add("--data.folder", dest="data", help="folder of the shards")
-    options, arguments = parser.parse_known_args(sys.argv[2:] if argv is None else argv)
+    add_process_options(parser)
+    parser.set_defaults(nodes=None)
+    parser.add_argument("--data.folder", dest="data", help="folder of the shards")
+    options, arguments = parser.parse_known_args(argv)
     in_step = is_srun_task()
     if in_step and os.environ["SLURM_LOCALID"] != "0":
         return  # only one process per node runs the checks
-    try:
-        if options.nodes is not None and not in_step and slurm.available():
-            command = srun_command(options, arguments)
-            print(slurm.quoted(command), flush=True)
-            os.execvp(command[0], command)
-        arguments = fit_arguments(options, arguments)
-    except InputError as error:
-        sys.exit(f"lrm: {error}")
-    findings = versions()
-    if any(finding.verdict == "missing" for finding in findings):
-        print_table(merge_findings({"": findings}))
-        sys.exit(1)
-    # Imported here because the module imports torch and lightning, which the checks above may report as missing.
-    from lrm_pl.cluster.checks.nodes import run_checks
+    if options.nodes is not None and not in_step and slurm.available():
+        command = srun_command(options, arguments)
+        print(slurm.quoted(command), flush=True)
+        os.execvp(command[0], command)
+    arguments = fit_arguments(options, arguments)
+    rows = [("", finding) for finding in versions()]
+    isolated = any(finding.missing for _, finding in rows)
+    if not isolated:
+        # Imported here because the module imports torch and lightning, which the checks above may report as missing.
+        from lrm_pl.cluster.checks.nodes import run_checks
 
-    try:
-        rows = run_checks(arguments, findings)
-    except InputError as error:
-        sys.exit(f"lrm: {error}")
-    isolated = any(row.check == "rendezvous" and row.verdict != "ok" for row in rows)
+        rows = run_checks(arguments, [finding for _, finding in rows])
+        isolated = any(finding.check == "rendezvous" and finding.missing for _, finding in rows)
     if in_step and os.environ["SLURM_NODEID"] != "0" and not isolated:
         return  # the first node prints the table
     if not print_table(rows):
         sys.exit(1)
-    print("Nothing is missing. Next: make train with the same variables")
-    sys.exit(0)
+    print("All requirements are met. Next: make train with the same variables")
 
 
 def srun_command(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
@@ -72,7 +60,7 @@ def srun_command(options: argparse.Namespace, arguments: Sequence[str]) -> list[
     Raises:
         InputError: An option is invalid.
     """
-    partition = slurm.effective_partition(options.partition)
+    partition = options.partition
     gpus = slurm.gpus_per_node(partition) if options.gpus is None else options.gpus
     processes = processes_per_node(gpus, options.processes)
     cpus = processes * slurm.cpus_per_process(partition, gpus, processes)

@@ -23,11 +23,7 @@ class Launch:
         nodes: Number of nodes.
         processes: Number of processes per node. On GPUs, it equals the number of GPUs.
         gpus: Number of GPUs per node. If 0, the run trains on CPUs.
-        base_strategy: Name, without ``.yaml``, of the file in ``configs/trainer`` that is loaded before the config
-            files, which may override the settings in it. If "", no such file is loaded.
-        configs: Paths of config files. Later files override earlier ones.
-        strategy: Name, without ``.yaml``, of the file in ``configs/trainer`` that is loaded after the config files. If
-            "", no such file is loaded.
+        layers: Paths of config files. Later files override earlier ones.
         data: Folder of the shards. If "", the folder in the config is used.
         run: Folder of the run. A restarted job resumes the run in this folder.
         arguments: Additional arguments of ``lrm fit``.
@@ -36,9 +32,7 @@ class Launch:
     nodes: int
     processes: int
     gpus: int
-    base_strategy: str
-    configs: tuple[str, ...]
-    strategy: str
+    layers: tuple[str, ...]
     data: str
     run: Path
     arguments: tuple[str, ...]
@@ -49,11 +43,8 @@ class Launch:
 
     def fit_arguments(self) -> list[str]:
         """Return the arguments of ``lrm fit``."""
-        below, above = (
-            [str(STRATEGIES / f"{name}.yaml")] if name else [] for name in (self.base_strategy, self.strategy)
-        )
         return [
-            *(word for layer in [*below, *self.configs, *above] for word in ("-c", layer)),
+            *(word for layer in self.layers for word in ("-c", layer)),
             *("--trainer.num_nodes", str(self.nodes), "--trainer.devices", str(self.processes)),
             # The accelerator is explicit because a node without visible GPUs would otherwise train on CPUs.
             *("--trainer.accelerator", "gpu" if self.gpus else "cpu"),
@@ -69,11 +60,9 @@ def sbatch_command(
     *,
     cpus: int | str,
     cache: Path,
-    partition: str = "",
-    account: str = "",
-    time: str = "24:00:00",
     container: str = "",
     mounts: Sequence[str | Path] = (),
+    **options: str,
 ) -> list[str]:
     """Return the command that submits a run to Slurm.
 
@@ -82,25 +71,22 @@ def sbatch_command(
         program: Command that each process executes.
         cpus: Number of CPUs per process, or a placeholder.
         cache: Folder of downloaded weights.
-        partition: Slurm partition. If "", the default partition is used.
-        account: Slurm account. If "", the default account is used.
-        time: Time limit of one start of the job, such as "24:00:00".
         container: Container image. If "", no container is used.
         mounts: Folders to mount in the container, in addition to the working folder, the runs and the cache.
+        options: Values of other long options of sbatch, such as ``partition``. Empty values are omitted.
     """
-    options: dict[str, str | int] = {
+    resources: dict[str, str | int] = {
         "job-name": slurm.checked("name", launch.run.name),
         "nodes": launch.nodes,
         "ntasks-per-node": launch.processes,
         "cpus-per-task": cpus,
         "gres": f"gpu:{launch.gpus}" if launch.gpus else "",
-        "partition": partition,
-        "account": account,
-        "time": time,
         "output": f"{launch.run.as_posix()}/slurm-%j.log",
     }
     step = slurm.container_options(container, [*mounts, launch.run.parent, cache])
-    return slurm.sbatch_command(JOB_SCRIPT, options, [str(launch.run), str(cache), *step, *program])
+    return slurm.sbatch_command(
+        JOB_SCRIPT, resources | options, [str(launch.run), str(cache), *step, *program]
+    )
 
 
 def torchrun_command(launch: Launch, *rendezvous: str) -> list[str]:

@@ -22,7 +22,7 @@ from lrm_pl.cluster.job import (
     sbatch_command,
     torchrun_command,
 )
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, exit_on_error
 from lrm_pl.training.processes import launch_processes
 from lrm_pl.weights.resolve import cache_folder
 
@@ -30,18 +30,15 @@ from lrm_pl.weights.resolve import cache_folder
 CPUS = "CPUS"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command, and print expected errors as one message."""
-    words = sys.argv[2:] if argv is None else argv
+@exit_on_error
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
     split = words.index("--") if "--" in words else len(words)
     options = argument_parser().parse_args(words[:split])
-    try:
-        launch = plan_launch(options, words[split + 1 :])
-        shows_job = options.dry_run and (options.nodes > 1 or options.partition or options.account)
-        with_slurm = (slurm.available() or shows_job) and not options.master
-        (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
-    except (InputError, OSError) as error:
-        sys.exit(f"lrm: {error}")
+    launch = plan_launch(options, words[split + 1 :])
+    shows_job = options.dry_run and (options.nodes > 1 or options.partition or options.account)
+    with_slurm = (slurm.available() or shows_job) and not options.master
+    (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -50,31 +47,29 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="lrm launch", description=__doc__, usage="%(prog)s [options] -- [arguments of lrm fit]",
         allow_abbrev=False,
     )  # fmt: skip
+    add_process_options(parser)
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
-    add("--gpus", type=int, help="GPUs per node; 0 trains on CPUs (default: as reported by Slurm)")
-    add("--processes", type=int, help="processes per node on CPUs (default: 1)")
     add(
         "--config",
         "-c",
         action="append",
         required=True,
-        help="config layer; later ones override earlier ones",
+        help="config file; later files override earlier ones",
     )
-    add("--data", default="", help="folder of the shards (default: the config's)")
+    add("--data", default="", help="folder of the shards (default: the folder in the config)")
     add("--name", default="", help="name of the run in runs/; an existing run is resumed")
-    add(
-        "--strategy",
-        default="",
-        help=f"layer of {STRATEGIES} on top of the config (default: ddp below the config for several processes)",
-    )
-    add("--partition", default="", help="Slurm partition")
-    add("--account", default="", help="Slurm account")
+    add("--strategy", default="", help=f"file in {STRATEGIES} that overrides the config (default: chosen)")
     add("--time", default="24:00:00", help="time limit of one start of the job (default: %(default)s)")
-    add("--container", default="", help="container image to run in (pyxis)")
-    add("--master", default="", help="address[:port] of the first node; starts without Slurm")
+    add("--master", default="", help="address[:port] of the first node, to start without Slurm")
     add("--dry-run", action="store_true", help="print the command without running it")
     return parser
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the processes of a run, which ``lrm launch`` and ``lrm doctor`` share."""
+    slurm.add_options(parser)
+    parser.add_argument("--processes", type=int, help="processes per node on CPUs (default: 1)")
+    parser.add_argument("--container", default="", help="container image, which pyxis runs")
 
 
 def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
@@ -83,28 +78,25 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
     Raises:
         InputError: An option is invalid.
     """
-    if options.gpus is None and options.master:
+    gpus = options.gpus
+    if gpus is None and options.master:
         raise InputError(
             "GPUS is not set with MASTER", remedy="use GPUS=8 for eight GPUs per node, or GPUS=0 for CPUs"
         )
-    if slurm.available() and not options.master:
-        options.partition = slurm.effective_partition(options.partition)
-    gpus = options.gpus
     if gpus is None and options.nodes == 1 and not slurm.available():
         gpus = visible_gpus()
     elif gpus is None:
         gpus = slurm.gpus_per_node(options.partition)
     slurm.check_counts(options.nodes, gpus)
     processes = processes_per_node(gpus, options.processes)
-    fitting = "ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu"
     known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
-    for strategy in (fitting, options.strategy):
-        if strategy and strategy not in known:
-            raise InputError(
-                expected=f"STRATEGY to be one of {known} ({STRATEGIES}/)",
-                found=f"{strategy!r}",
-                remedy="correct STRATEGY=, and run from the folder with the Makefile",
-            )
+    strategy = options.strategy or ("ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu")
+    if strategy not in known:
+        raise InputError(
+            expected=f"STRATEGY to be one of {known} ({STRATEGIES}/)",
+            found=f"{strategy!r}",
+            remedy="correct STRATEGY=, and run the command in the folder of the Makefile",
+        )
     for config in options.config:
         if not Path(config).is_file():
             raise InputError(expected=f"a config file at {config}", found="none", remedy="correct CONFIG=")
@@ -113,15 +105,19 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
     name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     if name in ("bash", "interactive"):
         raise InputError(
-            f"NAME={name} is reserved by Lightning for interactive jobs", remedy="choose another"
+            f"NAME={name} is reserved by Lightning for interactive jobs", remedy="choose another name"
         )
+    layers = [
+        str(STRATEGIES / f"{strategy}.yaml"),
+        *options.config,
+    ]  # the config may override a default strategy
+    if options.strategy:
+        layers = [*layers[1:], layers[0]]
     return Launch(
         nodes=options.nodes,
         processes=processes,
         gpus=gpus,
-        base_strategy="" if options.strategy else fitting,
-        configs=tuple(options.config),
-        strategy=options.strategy,
+        layers=tuple(layers),
         data=options.data,
         run=Path("runs") / slurm.checked("name", name),
         arguments=tuple(arguments),
@@ -158,7 +154,7 @@ def processes_per_node(gpus: int, processes: int | None) -> int:
         raise InputError(
             expected="one process per GPU",
             found=f"PROCESSES={count} with GPUS={gpus}",
-            remedy="use PROCESSES= only with GPUS=0",
+            remedy="set PROCESSES= only with GPUS=0",
         )
     return count
 
@@ -172,27 +168,28 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
         [python, *launch.fit_command()],
         cpus=slurm.cpus_per_process(options.partition, launch.gpus, launch.processes) if here else CPUS,
         cache=cache_folder(),
+        container=options.container,
+        mounts=data_folders(launch.fit_arguments()) if options.container else (),
         partition=options.partition,
         account=options.account,
         time=options.time,
-        container=options.container,
-        mounts=data_folders(launch.fit_arguments()) if options.container else (),
     )
     print(slurm.quoted(command), flush=True)
     if options.dry_run:
-        print("DRY_RUN: nothing was submitted.")
+        print("DRY_RUN is set, so no job was submitted.")
         if not here:
             print(
-                f"There is no `sbatch` on this machine: {CPUS} is a placeholder for the CPUs per process. "
+                f"This machine has no `sbatch`, so {CPUS} is a placeholder for the number of CPUs per process. "
                 "MASTER=address prints commands of torchrun instead."
             )
         return
     for folder in (launch.run, cache_folder()):  # required by Slurm's log file and by container mounts
         folder.mkdir(parents=True, exist_ok=True)
     job = slurm.submit(command)
-    print(f"Submitted job {job}. To follow it:")
-    print("  make tensorboard    curves and images")
-    print(slurm.monitoring_commands(job, launch.run, f"run it again with NAME={launch.run.name} to resume"))
+    print(f"Submitted job {job}. To monitor the job:")
+    print("  make tensorboard    shows curves and images")
+    resume = f"run the command again with NAME={launch.run.name} to resume the run"
+    print(slurm.monitoring_commands(job, launch.run, resume))
 
 
 def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
@@ -204,31 +201,30 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
     if launch.nodes == 1:
         print(slurm.quoted(torchrun_command(launch, "--standalone")), flush=True)
         if options.dry_run:
-            print("DRY_RUN: nothing was started.")
+            print("DRY_RUN is set, so no process was started.")
             return
         if launch.gpus > (found := visible_gpus()):
             raise InputError(
                 expected=f"{launch.gpus} GPUs on this machine",
                 found=f"{found} that PyTorch can use",
-                remedy="run `lrm doctor`, lower GPUS=, or train on CPUs with GPUS=0 PROCESSES=2",
+                remedy="run `lrm doctor`, decrease GPUS=, or train on CPUs with GPUS=0 PROCESSES=2",
             )
         launch_processes(launch.processes, ["fit", *launch.fit_arguments()])
     folder = shlex.quote(str(Path.cwd()))
-    print(
-        f"# Run on each of the {launch.nodes} nodes in {folder}, with {NODE_RANK} = 0 on the first, then 1, 2, ..."
-    )
+    print(f"# Run this command in {folder} on each of the {launch.nodes} nodes.")
+    print(f"# Replace {NODE_RANK} with the rank of the node, which is 0 on the first node.")
     print(node_command(launch, options.master))
     if not options.name:
-        print(f"# To resume this run later, add NAME={launch.run.name}.")
+        print(f"# Add NAME={launch.run.name} to resume this run later.")
     if not options.master:
-        print(f"# {FIRST_NODE} is the address of the first node, or set MASTER=address[:port].")
+        print(f"# Replace {FIRST_NODE} with the address of the first node, or set MASTER=address[:port].")
     sys.stdout.flush()
     if not options.master and not options.dry_run:
         raise InputError(
             expected=f"Slurm to start {launch.nodes} nodes",
             found="no `sbatch` on PATH",
             remedy=(
-                "run this on a login node, or run the command above on each node, with the code, the data and the run "
-                "folder at the same paths"
+                "run this command on a login node, or run the printed command on each node, with the same paths of the "
+                "code, the data and the run folder"
             ),
         )

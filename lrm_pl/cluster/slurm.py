@@ -1,5 +1,6 @@
 """Interface to Slurm for job submission, queries of a partition's nodes, and container options of srun (pyxis)."""
 
+import argparse
 import dataclasses
 import os
 import re
@@ -45,19 +46,21 @@ def checked(field: str, value: str) -> str:
     pattern, example = PATTERNS[field]
     if value and not re.fullmatch(pattern, value):
         raise InputError(
-            expected=f"{field.upper()} to look like {example!r}",
+            expected=f"a value like {example!r} for {field.upper()}",
             found=f"{value!r}",
-            remedy="use only letters, digits and the punctuation of the example",
+            remedy="use only letters, digits and the punctuation marks of the example",
         )
     return value
 
 
-def effective_partition(partition: str) -> str:
-    """Return the given partition or, if it is "", the value of SBATCH_PARTITION.
-
-    The result is "" if SBATCH_PARTITION is not set. Slurm then uses the default partition.
-    """
-    return partition or os.environ.get("SBATCH_PARTITION", "")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select the nodes of a job."""
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
+    add("--gpus", type=int, help="GPUs per node, or 0 for CPUs (default: as reported by Slurm)")
+    partition = os.environ.get("SBATCH_PARTITION", "")
+    add("--partition", default=partition, help="Slurm partition (default: SBATCH_PARTITION)")
+    add("--account", default="", help="Slurm account (default: the default of Slurm)")
 
 
 def quoted(words: Sequence[str]) -> str:
@@ -69,7 +72,7 @@ def quoted(words: Sequence[str]) -> str:
     for word in words:
         if not word.isprintable():
             raise InputError(
-                expected="printable arguments", found=f"{word!r}", remedy="put such values into a config file"
+                expected="printable arguments", found=f"{word!r}", remedy="set this value in a config file"
             )
     return shlex.join(words)
 
@@ -95,7 +98,7 @@ def check_counts(nodes: int, gpus: int) -> None:
     """
     for name, value, minimum in (("NODES", nodes, 1), ("GPUS", gpus, 0)):
         if value < minimum:
-            raise InputError(expected=f"{name} of at least {minimum}", found=value, remedy=f"correct {name}=")
+            raise InputError(expected=f"{name} of at least {minimum}", found=value)
 
 
 def monitoring_commands(job: str, folder: Path, resume: str) -> str:
@@ -107,9 +110,9 @@ def monitoring_commands(job: str, folder: Path, resume: str) -> str:
         resume: Note on how to resume the job.
     """
     return (
-        f"  tail -F {folder}/slurm-{job}.log    output of the job\n"
-        f"  squeue -j {job}    state of the job\n"
-        f"  scancel {job}    cancel it; {resume}"
+        f"  tail -F {folder}/slurm-{job}.log    prints the output of the job\n"
+        f"  squeue -j {job}    prints the state of the job\n"
+        f"  scancel {job}    cancels the job; {resume}"
     )
 
 
@@ -141,8 +144,8 @@ def node_shapes(partition: str) -> list[NodeShape]:
     ]
     if not shapes:
         raise InputError(
-            expected=f"a partition {partition}" if partition else "a default partition",
-            found=f"the partitions {sorted({name for name, *_ in entries})}",
+            expected=f"the partition {partition}" if partition else "a default partition",
+            found=f"only the partitions {sorted({name for name, *_ in entries})}",
             remedy="set PARTITION= to one of them",
         )
     return shapes
@@ -175,7 +178,7 @@ def gpus_per_node(partition: str) -> int:
             f"GPUS is not set, and the nodes have different numbers of GPUs: {counts}",
             remedy="set GPUS= to the number per node",
         )
-    print(f"GPUS is not set: using the {counts[0]} GPUs of the nodes of this partition.")
+    print(f"GPUS is not set. Each node of this partition has {counts[0]} GPUs, which the job uses.")
     return counts[0]
 
 
@@ -242,8 +245,8 @@ def _run(*command: str) -> str:
         raise InputError(
             f"`{command[0]}` failed with status {done.returncode}: {done.stderr.strip() or 'no message'}",
             remedy=(
-                "correct the cause, or work without Slurm: MASTER=localhost with GPUS= trains on this machine, and "
-                "`make render-shards` without NODES= renders on it"
+                "correct the cause, or do not use Slurm: MASTER=localhost with GPUS= trains on this machine, and `make "
+                "render-shards` without NODES= renders on this machine"
             ),
         )
     return done.stdout

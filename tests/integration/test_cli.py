@@ -39,7 +39,7 @@ def weights(path):
     return into
 
 
-def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path, capsys):
+def test_a_run_writes_scalars_images_config_commit_and_checkpoint(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     printed = capsys.readouterr().out
     for words in (
@@ -51,10 +51,8 @@ def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path
     ):
         assert words in printed
     assert f"make infer IMAGE=photo.png CKPT={run_folder(tmp_path)}" in printed
-    assert f"Watch the run: tensorboard --logdir {tmp_path / 'runs/tiny'}" in printed, (
-        "make looks into ./runs"
-    )
-    assert "Training: 100%" in printed, "the bar counts steps; there are no epochs"
+    assert f"To show the curves: tensorboard --logdir {tmp_path / 'runs/tiny'}" in printed
+    assert "Training: 100%" in printed, "the progress bar counts steps instead of epochs"
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
     assert (folder / "commit.txt").read_text().strip()
@@ -64,7 +62,9 @@ def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path
     for name in ("unseen", "heldout"):
         with Image.open(folder / "views" / f"{name}-step000002.png") as image:
             rows = {"unseen": 4, "heldout": 2}[name]
-            assert image.size == (5 * 32, rows * 32), "input | target | render | opacity | depth, whole views"
+            assert image.size == (5 * 32, rows * 32), (
+                "each row contains input, target, render, opacity and depth"
+            )
     events = EventAccumulator(str(folder))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
@@ -91,7 +91,7 @@ def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny):
+def test_training_on_ellipsoids_exceeds_a_white_image_by_3_db(tiny):
     cli = command_line([
         "fit", *tiny, "--trainer.max_steps", "80", "--trainer.limit_val_batches", "0", "--data.batch_size", "4",
         "--model.optimizer.lr", "1e-2", "--data.input_pool", "1",
@@ -118,11 +118,11 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path
         assert record["network"]["step"] == 2
         assert record["network"]["sha256"] == LRMPipeline.from_pretrained(folder).sha256
         assert bool(record["mesh"]) != bool(record["warnings"])
-        # after two steps there may be no surface, which is logged
+        # after two steps, an object may have no surface, which is logged
         assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
 
 
-def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
+def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     capsys.readouterr()
     run = run_folder(tmp_path)
@@ -133,10 +133,10 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
         for path in (run, checkpoint(tmp_path, 2)):
             main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
             printed = capsys.readouterr().out
-            assert printed.count("val/heldout/psnr_pooled") == 1, "each number is said once"
+            assert printed.count("val/heldout/psnr_pooled") == 1, "each metric is printed once"
             assert f"Images and logs: {run / command}" in printed
-        assert list((run / command).glob("events*")), "what is found lies below the run"
-    assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is made"
+        assert list((run / command).glob("events*")), "results are written to the run folder"
+    assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is created"
     path = str(checkpoint(tmp_path, 2))
     with pytest.raises(
         SystemExit,
@@ -149,7 +149,7 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
         main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing")])
 
 
-def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_path):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tiny, tmp_path):
     every = ["--trainer.max_steps=4", f"--trainer.callbacks={json.dumps([KEEPER])}"]
     main(["fit", *tiny, *every])
     main(["fit", *tiny, *every, "--run.resume", str(checkpoint(tmp_path, 2))])
@@ -169,7 +169,7 @@ KEEPER = {
 
 
 @pytest.mark.parametrize("steps", [2, pytest.param(3, marks=pytest.mark.soak)])
-def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_it_was(
+def test_resume_with_a_different_batch_size_continues_with_the_next_sample(
     tiny, tmp_path, monkeypatch, steps
 ):
     asked = []
@@ -181,29 +181,29 @@ def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_i
     more = ["--trainer.max_steps", str(steps + 2), "--trainer.limit_val_batches", "0"]
     main(["fit", *tiny, *changed, *more, "--run.resume", str(run_folder(tmp_path))])
     assert read_index(str(checkpoint(tmp_path, steps + 2, version=1))).run["position"] == steps * 2 + 2 * 4
-    assert asked == list(range(steps * 2 + 2 * 4)), "every sample once, none twice"
+    assert asked == list(range(steps * 2 + 2 * 4)), "each sample is read once"
 
 
-def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(tiny, monkeypatch):
     def broken(self, stage):
-        raise ValueError("not the user's doing")
+        raise ValueError("unexpected error")
 
     monkeypatch.setattr("lrm_pl.data.datamodule.ShardDataModule.setup", broken)
-    with pytest.raises(ValueError, match="not the user's doing"):
+    with pytest.raises(ValueError, match="unexpected error"):
         main(["fit", *tiny])
 
 
-def test_measuring_without_a_checkpoint_is_refused(tiny):
+def test_validate_requires_a_checkpoint(tiny):
     with pytest.raises(SystemExit, match="--ckpt_path is not set"):
         main(["validate", *tiny])
 
 
-def test_the_last_step_is_kept_whenever_validation_was(tiny, tmp_path):
+def test_the_last_step_is_saved_after_an_earlier_validation(tiny, tmp_path):
     main(["fit", *tiny, "--trainer.max_steps", "3"])  # validation at step 2
     assert read_index(str(checkpoint(tmp_path, 3))).step == 3
 
 
-def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
+def test_training_with_logging_disabled(tiny, tmp_path):
     main(["fit", *tiny, "--trainer.log_every_n_steps=0", "--run.folder", str(tmp_path / "run")])
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
@@ -216,7 +216,7 @@ def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
         pytest.param("16-mixed", marks=pytest.mark.soak),
     ],
 )
-def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
+def test_poses_rays_and_compositing_are_float32_at_every_precision(tiny, monkeypatch, precision):
     from lrm_pl.rendering import ray_marching, renderer
 
     seen = {}
@@ -243,7 +243,7 @@ def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, m
     assert set().union(*seen.values()) == {torch.float32}
 
 
-def test_the_demo_experiment_takes_one_step_with_its_real_weights(root, tmp_path, shards):
+def test_the_demo_experiment_trains_one_step_with_pretrained_weights(root, tmp_path, shards):
     main([
         "fit", "-c", str(root / "configs/experiment/demo.yaml"), "--data.folder", str(shards),
         "--trainer.max_steps", "1", "--data.batch_size", "2", "--model.objective.lpips_start_step", "0",
@@ -254,7 +254,7 @@ def test_the_demo_experiment_takes_one_step_with_its_real_weights(root, tmp_path
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_the_papers_size_takes_one_step(root, tmp_path):
+def test_the_model_of_the_paper_trains_one_step(root, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=1, val=0, views=3, resolution=32)
     (tmp_path / "paper.yaml").write_text(f"model: {root / 'configs/model/lrm.yaml'}\n")
     main([
@@ -268,7 +268,7 @@ def test_the_papers_size_takes_one_step(root, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["openlrm", pytest.param("triposr", marks=pytest.mark.soak)])
-def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_the_rest(
+def test_fine_tuning_starts_from_converted_weights_with_a_frozen_encoder(
     source, tmp_path, shards, root, capsys
 ):
     theirs = {"openlrm": OpenLRM, "triposr": TripoSR}[source]()

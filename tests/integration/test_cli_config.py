@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("section", "key"), [("model.objective", "lpipz"), ("model.objective", "lpip"), ("model.lrm", "dept")]
 )
-def test_a_misspelt_or_shortened_key_is_refused_by_name(tiny, capsys, section, key):
+def test_a_misspelled_or_abbreviated_option_is_rejected(tiny, capsys, section, key):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *tiny, f"--{section}.{key}", "1"])
     assert stopped.value.code == 2
@@ -27,7 +27,7 @@ def test_a_misspelt_or_shortened_key_is_refused_by_name(tiny, capsys, section, k
     assert key in said
 
 
-def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, capsys):
+def test_a_misspelled_key_in_a_config_file_is_rejected(tiny, tmp_path, capsys):
     for text, key in (("data: {bach_size: 4}", "bach_size"), ("model: {objective: {lpipz: 1}}", "lpipz")):
         (tmp_path / "typo.yaml").write_text(text)
         with pytest.raises(SystemExit):
@@ -36,7 +36,7 @@ def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, caps
 
 
 @pytest.mark.parametrize("where", ["config", "section"])
-def test_a_key_that_stands_twice_in_a_config_is_refused_with_its_lines(tiny, tmp_path, where):
+def test_a_duplicate_key_in_a_config_is_rejected_with_its_line_numbers(tiny, tmp_path, where):
     path = tmp_path / "twice.yaml"
     path.write_text(
         "trainer: {max_steps: 4}\n\ntrainer: {log_every_n_steps: 2}\n"
@@ -52,7 +52,7 @@ def test_a_key_that_stands_twice_in_a_config_is_refused_with_its_lines(tiny, tmp
     assert where == "section" or str(path) in str(refused.value)
 
 
-def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monkeypatch):
+def test_an_unknown_command_is_rejected_and_help_lists_the_commands(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lrm", "predikt"])
     with pytest.raises(SystemExit):
         lrm()
@@ -66,7 +66,7 @@ def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monk
 @pytest.mark.parametrize(
     "value", ["'${trainer.max_steps}'", pytest.param("'${oc.env:LRM_TEST_STEPS}'", marks=pytest.mark.soak)]
 )
-def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path, monkeypatch, value):
+def test_interpolations_in_a_config_are_resolved(tiny, tmp_path, monkeypatch, value):
     monkeypatch.setenv("LRM_TEST_STEPS", "3")
     (tmp_path / "own.yaml").write_text(
         f"model: {{objective: {{lpips_start_step: {value}}}}}\n"
@@ -80,7 +80,7 @@ def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path,
     assert record["model"]["objective"]["init_args"]["lpips_start_step"] == 3
 
 
-def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_path):
+def test_callbacks_of_a_config_are_added_to_the_default_callbacks(tiny, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "trainer:\n  callbacks:\n"
         "  - lightning.pytorch.callbacks.LearningRateMonitor\n"
@@ -94,7 +94,7 @@ def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_pa
     assert "ProgressBar" not in names
 
 
-def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
+def test_a_default_callback_is_replaced_by_a_callback_of_the_config(tiny, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "trainer:\n  callbacks:\n"
         "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
@@ -115,7 +115,7 @@ def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
         ["-c", "added.yaml"],
     ],
 )
-def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, monkeypatch, options):
+def test_there_is_one_checkpoint_callback_however_it_is_configured(tiny, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "added.yaml").write_text(
         "trainer:\n  callbacks+:\n"
@@ -127,7 +127,7 @@ def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, 
     assert len(cli.trainer.callbacks) == 7 + ("-c" in options)
 
 
-def test_lightnings_timer_is_taken_and_kept_in_the_record(tiny, tmp_path):
+def test_the_timer_of_lightning_is_supported_and_saved_in_the_config(tiny, tmp_path):
     limit = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
     main(["fit", *tiny, *limit, "--run.folder", str(tmp_path / "run")])
     record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
@@ -141,27 +141,27 @@ def _fields(section, above=()):
         yield from _fields(value, (*above, name)) if isinstance(value, dict) else [(*above, name)]
 
 
-def test_a_preset_of_the_model_takes_the_place_of_another_whole(root):
+def test_a_model_config_overrides_every_field_of_another(root):
     presets = {
         path.stem: yaml.safe_load(path.read_text())
         for path in sorted((root / "configs/model").glob("*.yaml"))
     }
     every = {field for preset in presets.values() for field in _fields(preset)}
     left = {(name, *field) for name, preset in presets.items() for field in every - set(_fields(preset))}
-    assert not left, "what a preset does not say would be the other's"
+    assert not left, "fields that a preset does not set would keep the values of another preset"
     preset = f"--model={root / 'configs/model/openlrm_small.yaml'}"
     demo = parse_fit(["-c", str(root / "configs/experiment/demo.yaml"), preset])["model"]
     assert demo == parse_fit([preset])["model"]
 
 
 @pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=CosineAnnealingLR"])
-def test_an_optimizer_that_would_not_be_used_is_not_offered(tiny, option, capsys):
+def test_options_of_lightning_for_unused_optimizers_are_rejected(tiny, option, capsys):
     with pytest.raises(SystemExit):
         main(["fit", *tiny, option])
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_a_validation_is_after_so_many_optimizer_steps_however_batches_are_accumulated(tiny, tmp_path):
+def test_the_validation_interval_counts_optimizer_steps_with_accumulated_batches(tiny, tmp_path):
     options = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2"]
     cli = LRMCLI("fit", [*tiny, *options, "--trainer.max_steps=4"], records=False)
     steps = []

@@ -1,4 +1,4 @@
-"""Data that the command line trains on: what is refused, what is skipped, mixtures."""
+"""Training data of the command line: validation, skipped samples and mixtures."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from lrm_pl.data.tar import write_shard
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_step(tiny):
+def test_an_indivisible_batch_size_is_rejected_before_the_first_step(tiny):
     with pytest.raises(
         SystemExit, match=r"divisible by 3 processes x 1 accumulated batches, but found 2. Use 3 objects"
     ):
@@ -28,12 +28,12 @@ def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_ste
         main(["fit", *tiny, "--trainer.accumulate_grad_batches", "4"])
 
 
-def test_fewer_samples_than_a_step_takes_are_refused_before_the_first_step(tiny):
+def test_fewer_samples_than_the_batch_size_are_rejected_before_the_first_step(tiny):
     with pytest.raises(SystemExit, match=r"expected at least 6 samples .* found 4. .* --data.batch_size 4"):
         main(["fit", *tiny, "--data.batch_size", "6"])
 
 
-def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_path, shards):
+def test_cube_normalized_shards_are_rejected_for_sphere_bounds(tiny, tmp_path, shards):
     cube = tmp_path / "cube"
     shutil.copytree(shards, cube)
     manifest = cube / "manifest.json"
@@ -42,13 +42,13 @@ def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_p
         main(["fit", *tiny, "--data.folder", str(cube)])
 
 
-def test_crops_too_small_for_the_perceptual_loss_are_refused_before_training(tiny):
+def test_crops_that_are_too_small_for_lpips_are_rejected_before_training(tiny):
     small = ("--data.crop.size=8", "--data.crop.low=8", "--data.crop.high=16", "--model.objective.lpips=1")
     with pytest.raises(SystemExit, match="expected crops of at least 16 pixels for LPIPS, but found 8"):
         main(["fit", *tiny, *small])
 
 
-def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_remedy(tiny, tmp_path, shards):
+def test_missing_and_truncated_shards_are_rejected_with_a_remedy(tiny, tmp_path, shards):
     with pytest.raises(SystemExit, match=r"expected finished shards in .*nowhere.*make render-shards OUT="):
         main(["fit", *tiny, "--data.folder", str(tmp_path / "nowhere")])
     broken = tmp_path / "broken"
@@ -74,7 +74,7 @@ def _break_images(content):
         content[place + 12] = 0  # what lossless pixels begin with
 
 
-def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path, caplog):
+def test_a_sample_with_a_view_that_is_not_rgba_is_skipped(tiny, tmp_path, caplog):
     good = [synthetic_sample(f"good-{i}", views=8, resolution=32, seed=0) for i in range(2)]
     opaque = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(opaque, "PNG")
@@ -91,7 +91,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
 
 
 @pytest.mark.parametrize("damage", [_break_poses, _break_images])
-def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog, damage):
+def test_a_corrupt_sample_is_reported_and_skipped(tiny, tmp_path, shards, caplog, damage):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     tar = broken / "train-000000.tar"
@@ -104,14 +104,14 @@ def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_pa
     assert "train-ellipsoid-000" in caplog.text
 
 
-def test_more_views_than_the_shards_have_are_refused_with_the_command_to_type(tiny):
+def test_more_views_than_in_the_shards_are_rejected_with_a_command(tiny):
     with pytest.raises(
         SystemExit, match=r"expected at least 12 views per object.*found 8.*make render-shards VIEWS=12"
     ):
         main(["fit", *tiny, "--data.side_views", "9"])
 
 
-def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_setting_of_the_data(tiny, tmp_path):
+def test_the_number_of_input_views_is_a_setting_of_the_network(tiny, tmp_path):
     seen = []
 
     def note(_, inputs):
@@ -128,7 +128,7 @@ def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_settin
         main(["fit", *tiny, "--data.inputs", "3"])
 
 
-def test_a_mixture_of_sets_is_trained_on_and_measured(tiny, tmp_path, shards, capsys):
+def test_training_and_evaluation_on_a_mixture_of_data_sets(tiny, tmp_path, shards, capsys):
     other = tmp_path / "other"
     write_synthetic_shards(other, train=3, val=1, views=6, resolution=32)
     main(["fit", *tiny, f"--data.also=[{{folder: {other}, weight: 3}}]"])

@@ -52,10 +52,10 @@ pytestmark = pytest.mark.filterwarnings("default")
         ),
         (["--trainer.max_steps=${nosuch.key}"], "in the config: Interpolation key 'nosuch.key'"),
         (["--trainer.max_steps=${oc.env:LRM_NOT_SET}"], "Environment variable 'LRM_NOT_SET' not found"),
-        (["--model.class_path=my.Module"], "to name a class of your own, but found --model.class_path"),
+        (["--model.class_path=my.Module"], "command line: expected constructor arguments in the section model"),
         (
             ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.num_nodes=2"],
-            "expected 2 nodes started together, but found this node alone",
+            "expected 2 nodes that were started together, but found only this node",
         ),
         (["--trainer.profiler=nosuch"], "profiler"),
         (["--trainer.strategy=null"], "invalid strategy name"),
@@ -74,7 +74,7 @@ pytestmark = pytest.mark.filterwarnings("default")
         (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger: Requirement"),
     ],
 )  # fmt: skip
-def test_what_lightning_refuses_is_one_message(here, options, message):
+def test_invalid_settings_are_rejected_with_one_message(here, options, message):
     with pytest.raises(SystemExit) as refused:
         main(["fit", *here, *options])
     said = str(refused.value.code)
@@ -84,7 +84,7 @@ def test_what_lightning_refuses_is_one_message(here, options, message):
 
 
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
-def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
+def test_each_run_has_its_own_folder_with_every_logger(here, tmp_path, where):
     for logger in ("tests.integration.user_classes.OtherLogger", "false"):
         command_line(["fit", *here, f"--trainer.logger={logger}", *where, "--trainer.max_steps=2"])
         if where:
@@ -101,20 +101,20 @@ def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, w
     }
 
 
-def test_runs_are_below_lightnings_default_root_dir_unless_a_logger_says_otherwise(here, tmp_path):
+def test_runs_are_written_to_default_root_dir_unless_a_logger_sets_a_folder(here, tmp_path):
     root = ["--trainer.default_root_dir=elsewhere", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     for options, folder in (([], "elsewhere/lrm"), (["--trainer.logger.save_dir=mine"], "mine/lrm")):
         line = LRMCLI("fit", [*here, *root, *options], records=False)
         assert line.trainer.log_dir == f"{folder}/version_0"
 
 
-def test_a_fast_dev_run_leaves_no_files(here, tmp_path, capsys):
+def test_a_fast_dev_run_writes_no_files(here, tmp_path, capsys):
     command_line(["fit", *here, "--trainer.fast_dev_run=true"])
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
     assert "no files were kept" in capsys.readouterr().out
 
 
-def test_a_runs_own_config_begins_another_run(here, tmp_path):
+def test_the_config_of_a_run_starts_a_new_run(here, tmp_path):
     command_line(["fit", *here, "--run.folder=old"])
     before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()}
     command_line(["fit", "-c", "old/config.yaml", "--model.optimizer.lr=1e-3"])
@@ -126,7 +126,7 @@ def test_a_runs_own_config_begins_another_run(here, tmp_path):
     assert next((tmp_path / "runs").rglob("events.out*")).parent == new
 
 
-def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_path):
+def test_the_config_of_the_latest_start_is_saved_and_earlier_versions_are_kept(here, tmp_path):
     folder = tmp_path / "run"
 
     def start(*options):
@@ -137,12 +137,12 @@ def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_pat
     assert start("--trainer.max_steps=4") != first
     assert start("--trainer.max_steps=4")["trainer"]["max_steps"] == 4
     kept = folder / "earlier/until-step-00000002"
-    assert [path.name for path in folder.glob("earlier/*")] == [kept.name], "only where something has changed"
+    assert [path.name for path in folder.glob("earlier/*")] == [kept.name], "only changed files are kept"
     assert yaml.safe_load((kept / "config.yaml").read_text()) == first
     assert not (kept / "commit.txt").exists()
 
 
-def test_a_finished_run_that_is_measured_on_other_data_was_not_trained_on_them(here, tmp_path, shards):
+def test_measuring_a_complete_run_on_other_data_does_not_change_its_record(here, tmp_path, shards):
     command_line(["fit", *here, "--run.folder=run"])
     record = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "input.yaml")}
     (tmp_path / "others").symlink_to(shards)
@@ -151,25 +151,25 @@ def test_a_finished_run_that_is_measured_on_other_data_was_not_trained_on_them(h
     export("run", tmp_path / "model")
     card = (tmp_path / "model/README.md").read_text()
     assert f"| trained on | {shards.name}: " in card
-    assert " views | PSNR " not in card, "the report is of other data"
+    assert " views | PSNR " not in card, "the report describes other data"
 
 
-def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, tmp_path, capsys):
+def test_a_complete_run_prints_a_message_and_is_not_truncated(here, tmp_path, capsys):
     command_line(["fit", *here, "--run.folder=run"])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         command_line(["fit", *here, "--run.folder=run"])
-    assert "is complete (2 steps). Raise --trainer.max_steps to continue it" in capsys.readouterr().out
+    assert "is complete (2 steps). To continue it, increase --trainer.max_steps" in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("report/heldout/psnr")] == [2], "logged once"
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
-    with pytest.raises(InputError, match=r"of at least 2, the steps of the run in .*, but found 1. Raise it"):
+    with pytest.raises(InputError, match=r"of at least 2, the steps of the run in .*, but found 1. Increase"):
         command_line(
             ["fit", *here, "--run.folder=run", "--trainer.max_steps=1", "--trainer.val_check_interval=1"]
         )
 
 
-def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path, monkeypatch):
+def test_the_commit_is_not_read_from_an_enclosing_repository(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     own = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]
     subprocess.run(["git", "-C", str(tmp_path), *own], check=True)
@@ -179,10 +179,10 @@ def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path
     monkeypatch.setattr("lrm_pl.version.__file__", str(installed))
     assert git_commit() == "unknown"
     subprocess.run(["git", "-C", str(tmp_path), "add", "venv"], check=True)
-    assert git_commit() != "unknown", "the code is in that project"
+    assert git_commit() != "unknown", "the code belongs to the repository"
 
 
-def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, tmp_path):
+def test_views_that_are_too_small_for_the_metrics_are_rejected_before_training(here, tmp_path):
     manifest = write_synthetic_shards(tmp_path / "small", views=4, resolution=24)
     write_manifest(
         tmp_path / "small", dataclasses.replace(manifest, render=manifest.render | {"resolution": 24})
@@ -195,7 +195,7 @@ def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, 
         PROTOCOLS["lrm"].check_manifest(Manifest((), 15, 0, {"resolution": 24}), "data")
 
 
-def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):
+def test_the_report_measures_the_weight_average_if_validation_does(here, tmp_path, capsys):
     average = {
         "class_path": "lrm_pl.training.ema.WeightAverage",
         "init_args": {"decay": 0.9, "validate": True},
@@ -215,7 +215,7 @@ def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, caps
 
 
 @pytest.mark.parametrize("section", ["trainer", "data", "run", "weights", "weights.encoder", "data.crop"])
-def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothing(here, tmp_path, section):
+def test_an_empty_section_is_rejected(here, tmp_path, section):
     outer, _, inner = section.partition(".")
     (tmp_path / "empty.yaml").write_text(f"{outer}:\n  {inner}{':' if inner else '# all'}\n")
     with pytest.raises(
@@ -224,23 +224,23 @@ def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothin
         LRMCLI("fit", [*here, "-c", "empty.yaml"], records=False)
 
 
-def test_one_callback_needs_no_list(here):
+def test_a_single_callback_may_be_given_without_a_list(here):
     line = LRMCLI("fit", [*here, "--trainer.callbacks=LearningRateMonitor"], records=False)
     names = [type(callback).__name__ for callback in line.trainer.callbacks]
     assert {"CheckpointAndResume", "LearningRateMonitor"} <= set(names)
-    assert len(line.portable_config.trainer.callbacks) == 1, "the record has a list too"
+    assert len(line.portable_config.trainer.callbacks) == 1, "the saved config contains a list"
 
 
 @pytest.mark.parametrize(
     ("name", "averages"), [("lrm_pl.training.ema.WeightAverage", True), ("mine.Checks", False)]
 )
-def test_validations_are_of_the_average_by_the_class_of_the_callback(tmp_path, name, averages):
+def test_only_a_weight_average_callback_selects_the_average_for_validation(tmp_path, name, averages):
     callback = {"class_path": name, "init_args": {"validate": True}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     assert validates_with_average(tmp_path / "config.yaml") is averages
 
 
-def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):
+def test_callbacks_of_lightning_log_correct_learning_rates_and_steps(here, tmp_path, monkeypatch):
     monkeypatch.setattr("lrm_pl.cli.lightning_cli.print_report", lambda *_: {})
     options = [
         "--run.folder=run",
@@ -268,27 +268,29 @@ def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, t
     schedule = OptimizerConfig(warmup=0.5)
     assert rates[1] == pytest.approx(schedule.learning_rate(0, 3))
     assert rates[3] == pytest.approx(schedule.learning_rate(3, 5)), (
-        "of the step that a resumed run begins with"
+        "the learning rate of the first step after resuming"
     )
     assert rates[4] == pytest.approx(schedule.learning_rate(3, 5))
 
 
-def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monkeypatch):
+def test_validate_reads_the_config_of_the_run_by_default(here, tmp_path, monkeypatch):
     command_line(["fit", *here, "--run.folder=run"])
     monkeypatch.setattr(sys, "argv", ["lrm", "validate", "--ckpt_path", "run"])
     lrm()
     events = EventAccumulator(str(tmp_path / "run/validate")).Reload()
-    assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2], "the checkpoint's"
+    assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2], (
+        "the step of the checkpoint"
+    )
     assert [event.step for event in events.Images("views/heldout")] == [2]
     assert (tmp_path / "run/validate/views/heldout-step000002.png").is_file()
 
 
-def test_a_mistyped_checkpoint_is_said_before_data_that_the_default_config_lacks():
+def test_a_missing_checkpoint_is_reported_before_missing_data():
     with pytest.raises(SystemExit, match="expected a checkpoint or a run at runs/nosuch, but found nothing"):
         main(["validate", "--ckpt_path", "runs/nosuch"])
 
 
-def test_the_seed_of_the_command_line_is_that_of_the_order_of_samples(here):
+def test_the_seed_of_the_command_line_determines_the_order_of_samples(here):
     def positions(*options):
         data = LRMCLI("fit", [*here, "--trainer.callbacks=[]", *options], records=False).datamodule
         return data.seed

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("default")
         ),
     ],
 )  # fmt: skip
-def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_started_it(
+def test_the_cluster_environment_is_slurm_only_for_processes_that_srun_started(
     here, monkeypatch, more, options, environment
 ):
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it
@@ -62,7 +62,7 @@ def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_start
         assert (line.trainer.world_size, line.trainer.global_rank) == wanted
 
 
-def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
+def test_nodes_with_different_numbers_of_tasks_are_rejected(here, monkeypatch):
     tasks = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
@@ -73,7 +73,7 @@ def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
 
 
 @pytest.mark.parametrize(("terminal", "tasks"), [(True, 1), (False, 4)])
-def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by_srun_are_several(
+def test_a_shell_with_a_terminal_is_one_process_and_nested_srun_tasks_are_several(
     root, tmp_path, terminal, tasks
 ):
     line = [
@@ -99,12 +99,12 @@ def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}),
     ],
 )  # fmt: skip
-def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
-    here, tmp_path, monkeypatch, launcher, variables
-):
+def test_a_wrong_number_of_started_processes_is_rejected(here, tmp_path, monkeypatch, launcher, variables):
     for name, value in ({"SLURM_NTASKS_PER_NODE": "1"} | variables).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"found 2 started by {launcher}. .*--trainer.devices 2"):
+    with pytest.raises(
+        SystemExit, match=f"found 2 processes, which {launcher} started. .*--trainer.devices 2"
+    ):
         main(["fit", *here, "--trainer.accelerator=cpu"])
     assert not (tmp_path / "runs").exists()
 
@@ -119,7 +119,7 @@ def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
         {"NODE_RANK": "1"},
     ],
 )
-def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path, monkeypatch, variables):
+def test_rank_variables_without_a_launcher_are_rejected(here, tmp_path, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
@@ -133,6 +133,6 @@ def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path
             evaluate(["--ckpt=none", "--data=none"])
 
 
-def test_hsdp_makes_a_copy_a_node(here, root):
+def test_hsdp_creates_one_replica_per_node(here, root):
     hsdp = ["-c", str(root / "configs/trainer/hsdp.yaml"), "--trainer.num_nodes=4"]
     assert parse_fit([*here, *hsdp])["trainer"]["strategy"]["init_args"]["replicas"] == 4

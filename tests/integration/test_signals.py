@@ -198,6 +198,6 @@ def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(he
         main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
     assert stopped.value.code == 75
     said = capsys.readouterr().err
-    assert "a signal stopped the report after the last step; the run is in" in said
+    assert "a signal stopped the report after the last step. The checkpoint is " in said
     assert "Start the same command with --run.folder" in said
     assert signal.getsignal(signal.SIGUSR1) is before

@@ -54,8 +54,8 @@ def wait_for(log, pattern, count, seconds=60):
     pytest.fail(f"expected {count} x {pattern!r} within {seconds} s, but found:\n{text}")
 
 
-def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_rank_dies(here):
-    launch = Launch(2, 1, 0, "ddp", (), "", "data", Path("runs/try"), ())
+def test_a_job_receives_its_signal_is_requeued_and_ends_when_a_rank_fails(here):
+    launch = Launch(2, 1, 0, (), "data", Path("runs/try"), ())
     launch.run.mkdir(parents=True)
     program = [sys.executable, "program.py"]
     job = slurm.submit(sbatch_command(launch, program, cpus=1, cache=here / "cache", time="5"))
@@ -66,14 +66,14 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
         wait_for(log, r"^rank \d got USR1", 2)
         subprocess.run(["scontrol", "requeue", job], check=True)
         wait_for(log, "DUE TO JOB REQUEUE", 1)
-        # Slurm delays a requeued job for two minutes, since nodes reject the credential of a job that has just
-        # ended, for up to a second.
+        # Slurm delays a requeued job for two minutes because nodes reject the credential of a job for up to a
+        # second after it has ended.
         time.sleep(3)
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
         text = wait_for(log, r"^rank \d of 2", 4)
         assert re.search(rf"job {job}, start 1, on .*job {job}, start 2, on ", text, re.DOTALL), text
         places = set(re.findall(r"^rank (\d) of 2 on (\S+)$", text, re.MULTILINE))
-        assert len(places) == len({node for _, node in places}) == 2, "each rank has a node of its own"
+        assert len(places) == len({node for _, node in places}) == 2, "each rank runs on a different node"
         (here / "stop").touch()  # rank 1 fails, rank 0 would sleep on
         wait_for(log, r"srun: error: .* task 1: Exited with exit code 3", 1)
         for _ in range(100):
@@ -86,12 +86,12 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
         subprocess.run(["scancel", job], check=False, capture_output=True)
 
 
-def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_itself(here, root, shards):
+def test_a_run_that_reaches_its_time_limit_is_saved_requeued_and_resumed(here, root, shards):
     shutil.copytree(root / "configs" / "trainer", here / "configs" / "trainer")
     trainer = {"max_steps": 60, "limit_val_batches": 0, "log_every_n_steps": 1, "precision": "32-true"}
     config = {**TINY, "trainer": {**trainer, "val_check_interval": 60}}
     (here / "tiny.yaml").write_text(yaml.safe_dump(config | {"data": TINY["data"] | {"workers": 1}}))
-    launch = Launch(2, 1, 0, "ddp", ("tiny.yaml",), "", str(shards), Path("runs/real"), ())
+    launch = Launch(2, 1, 0, ("configs/trainer/ddp.yaml", "tiny.yaml"), str(shards), Path("runs/real"), ())
     launch.run.mkdir(parents=True)
     program = [sys.executable, *launch.fit_command()]
     job = slurm.submit(sbatch_command(launch, program, cpus=1, cache=cache_folder(), time="5"))
@@ -119,7 +119,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         subprocess.run(["scancel", job], check=False, capture_output=True)
 
 
-def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards):
+def test_doctor_checks_both_nodes_and_prints_one_table(here, root, shards):
     command = [sys.executable, "-m", "lrm_pl", "doctor", "--nodes=2", "--gpus=0", f"--data.folder={shards}"]
     given = ["--data.batch_size=3", "--data.side_views=1", "--data.unseen_views=2", "--data.workers=0"]
     given += ["--weights.pretrained=false", "--weights.source=pypi", "--model.objective.lpips=0"]
@@ -131,7 +131,7 @@ def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards)
         text=True,
         timeout=200,
     )
-    assert done.returncode != 0, "a batch of 3 over 2 processes"
+    assert done.returncode != 0, "a batch of 3 is not divisible by 2 processes"
     found = [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")]
     said = " ".join(found)  # cells are folded
     assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from lrm_pl.apps.view import main
-from lrm_pl.apps.viewer import wait_for_checkpoint
 from lrm_pl.cli.main import main as train
+from lrm_pl.evaluation.viewer import has_no_checkpoint
 from tests.builders import TINY, spoil_first_poses
 from tests.servers.lrm_server import Served
 
@@ -47,9 +47,7 @@ def box_beside(page, label):
     return min(boxes, key=lambda box: abs((box.bounding_box() or {"y": 1e6})["y"] - line))
 
 
-def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoints(
-    run, chromium, shards, tmp_path
-):
+def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(run, chromium, shards, tmp_path):
     folder = run(2)
     data = tmp_path / "data"
     shutil.copytree(shards, data)
@@ -62,27 +60,27 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
         page.wait_for_selector("canvas", timeout=60_000)
         page.wait_for_timeout(4000)
         before = image(page)
-        assert before.min() < 200, "something is drawn"
+        assert before.min() < 200, "the page is not blank"
         box_beside(page, "cameras").uncheck(force=True)
         deadline = time.monotonic() + 30
         while (changed := (np.abs(image(page) - before) > 30).any(axis=-1).mean()) < 0.01:
-            assert time.monotonic() < deadline, f"frusta do not go: {changed}"
+            assert time.monotonic() < deadline, f"the frusta are still shown: {changed}"
             page.wait_for_timeout(500)
-        assert image(page)[100:400, 200:600].min() < 250, "the field is drawn"
+        assert image(page)[100:400, 200:600].min() < 250, "the field is rendered"
         run(4)
         page.wait_for_selector("text=step-00000004, step 4", timeout=60_000)
         page.locator("input[role=combobox][value='step-00000004']").click()
         page.get_by_role("option", name="step-00000002").click()
         page.wait_for_selector("text=step-00000002, step 2", timeout=60_000)
         page.wait_for_timeout(4000)  # new checkpoints are checked every three seconds
-        assert page.get_by_text("step-00000002, step 2").is_visible(), "what was picked stays"
+        assert page.get_by_text("step-00000002, step 2").is_visible(), "the selected checkpoint stays"
         page.close()
     finally:
         said = server.kill()
     assert "Traceback" not in said
 
 
-def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
+def test_a_missing_run_checkpoint_or_data_set_is_an_error(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="expected a trained model in runs/lrm, but found none"):
         main([])
@@ -97,13 +95,11 @@ def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
         main([str(tmp_path / "moved"), "--port", "99999"])
 
 
-def test_a_run_that_has_just_begun_is_waited_for(run, tmp_path, monkeypatch, capsys):
-    folder = run(2)
-    (folder / "checkpoints").rename(tmp_path / "later")
-    monkeypatch.setattr(
-        "lrm_pl.apps.viewer.time.sleep", lambda _: (tmp_path / "later").rename(folder / "checkpoints")
-    )
-    wait_for_checkpoint(str(folder))
-    assert "for the first checkpoint of" in capsys.readouterr().out
-    wait_for_checkpoint(str(folder))
-    assert capsys.readouterr().out == ""
+def test_a_run_without_checkpoints_is_waiting_for_the_first_one(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    assert not has_no_checkpoint(str(tmp_path)), "the folder has no config, so it is not a run"
+    (tmp_path / "config.yaml").touch()
+    assert has_no_checkpoint(str(tmp_path))
+    (checkpoints / "step-00000002").mkdir()
+    assert not has_no_checkpoint(str(tmp_path))

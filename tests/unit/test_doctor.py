@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
 import socket
-import subprocess
-import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from lrm_pl.cluster.checks import folders, inputs, machine
+from lrm_pl.cli.weights import WeightsFile
+from lrm_pl.cluster.checks import folders, inputs, machine, nodes
 from lrm_pl.cluster.checks.findings import Finding, merge_findings, print_table
-from lrm_pl.cluster.checks.requirements import RequiredWeights, process_count, read_requirements
+from lrm_pl.cluster.checks.requirements import process_count, read_requirements
 from lrm_pl.cluster.checks.versions import REQUIREMENTS, version, versions
 from lrm_pl.cluster.doctor import main
 from lrm_pl.data.manifest import read_manifest, write_manifest
@@ -61,13 +63,16 @@ def requirements(config):
 
 
 def run(capsys, *arguments):
-    """Run the doctor; return its exit status and output."""
-    with pytest.raises(SystemExit) as end:
+    """Run the doctor, and return its exit status and output."""
+    status = 0
+    try:
         main([str(argument) for argument in arguments])
-    return end.value.code, capsys.readouterr().out
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().out
 
 
-def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(config, outside, capsys):
+def test_a_run_with_all_requirements_passes_and_a_run_without_shards_fails(config, outside, capsys):
     file = outside / "alex.pth"
     file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
@@ -80,13 +85,13 @@ def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(con
     assert f"missing: shards: run `make render-shards OUT={outside / 'none'}`" in said
 
 
-def test_processes_that_do_not_divide_the_batch_are_told_which_would(config, capsys):
+def test_an_indivisible_batch_size_is_reported_with_divisible_sizes(config, capsys):
     status, said = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
     assert status == 1
     assert "use 4 or 8 objects per optimizer step" in said
 
 
-def test_accumulated_batches_divide_the_batch_too(requirements):
+def test_the_batch_size_must_be_divisible_by_accumulated_batches(requirements):
     assert (
         inputs.batch(dataclasses.replace(requirements, nodes=2, accumulate=2, batch_size=8)).verdict == "ok"
     )
@@ -95,7 +100,7 @@ def test_accumulated_batches_divide_the_batch_too(requirements):
     assert "use 4 objects per optimizer step" in finding.remedy
 
 
-def test_the_doctor_reads_what_fit_would(config):
+def test_requirements_are_read_from_the_arguments_of_fit(config):
     given = [
         "-c",
         str(config),
@@ -111,29 +116,29 @@ def test_the_doctor_reads_what_fit_would(config):
         2,
     )
     assert (requirements.views, requirements.workers, requirements.batch_size) == (4, 5, 2)
-    assert [file.name for file in requirements.weights] == ["lpips_vgg", "lpips_alex"]
+    assert list(requirements.weights) == ["lpips_vgg", "lpips_alex"]
 
 
-def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
-    def looked_at(also):
+def test_all_data_sets_of_a_mixture_are_checked(config, shards, tmp_path):
+    def check(also):
         requirements = read_requirements(["-c", str(config), f"--data.also=[{{folder: {also}, weight: 3}}]"])
         return inputs.shards(requirements)[0]
 
     write_synthetic_shards(tmp_path / "other", train=4, val=2, views=6, resolution=32)
-    assert looked_at(tmp_path / "other").verdict == "ok"
-    assert "16 training objects, 4 held out" in looked_at(tmp_path / "other").found, "4 once, 4 three times"
-    assert looked_at(shards).remedy == "list each data set once, with its weight"
-    missing = looked_at(tmp_path / "nowhere")
+    assert check(tmp_path / "other").verdict == "ok"
+    assert "16 training objects, 4 held out" in check(tmp_path / "other").found, "4 once, 4 three times"
+    assert check(shards).remedy == "list each data set once, with its weight"
+    missing = check(tmp_path / "nowhere")
     assert missing.verdict == "missing"
     assert "nowhere" in missing.found
 
 
-def test_the_encoders_weights_are_looked_for_unless_it_starts_from_random_ones(config):
+def test_encoder_weights_are_checked_if_the_encoder_is_pretrained(config):
     requirements = read_requirements(["-c", str(config), "--weights.pretrained=true"])
-    assert [file.name for file in requirements.weights] == ["dino_vitb16", "lpips_alex"]
+    assert list(requirements.weights) == ["dino_vitb16", "lpips_alex"]
 
 
-def test_arguments_that_fit_refuses_are_a_row_and_not_a_traceback(config, capsys):
+def test_invalid_arguments_of_fit_are_reported_in_the_table(config, capsys):
     status, said = run(capsys, "-c", config, "--trainer.devicess=2")
     assert status == 1
     assert "missing: config: correct them; see `lrm fit --help`" in said
@@ -143,11 +148,11 @@ def test_arguments_that_fit_refuses_are_a_row_and_not_a_traceback(config, capsys
 @pytest.mark.parametrize(
     ("devices", "count"), [(2, 2), ("2", 2), ("auto", 8), (-1, 8), ([0, 3, 5], 3), ("0,3", 2), ("3,", 1)]
 )
-def test_devices_are_counted_as_lightning_counts_them(devices, count):
+def test_devices_are_counted_as_by_lightning(devices, count):
     assert process_count(devices, 8) == count
 
 
-def test_a_truncated_shard_is_missing(requirements, shards, tmp_path):
+def test_a_truncated_shard_is_reported(requirements, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     tar = next(copy.glob("train-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
@@ -159,7 +164,7 @@ def test_a_truncated_shard_is_missing(requirements, shards, tmp_path):
     assert "delete it" in finding.remedy or "delete it" in finding.found
 
 
-def test_too_few_views_or_objects_are_missing(requirements):
+def test_too_few_views_or_objects_are_reported(requirements):
     few = dataclasses.replace(requirements, views=9, batch_size=5)
     shards, views = inputs.shards(few)
     assert (shards.verdict, views.verdict) == ("missing", "missing")
@@ -170,7 +175,7 @@ def test_too_few_views_or_objects_are_missing(requirements):
 @pytest.mark.parametrize(
     ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalize": "cube"}, "'cube'")]
 )
-def test_shards_that_fit_would_refuse_are_missing(requirements, shards, tmp_path, render, said):
+def test_shards_that_fit_would_reject_are_reported(requirements, shards, tmp_path, render, said):
     copy = shutil.copytree(shards, tmp_path / "copy")
     manifest = read_manifest(copy)
     write_manifest(copy, dataclasses.replace(manifest, render=manifest.render | render))
@@ -179,7 +184,7 @@ def test_shards_that_fit_would_refuse_are_missing(requirements, shards, tmp_path
     assert said in finding.found
 
 
-def test_a_folder_that_cannot_be_made_is_missing_and_leaves_nothing(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     finding = folders.writable("run folder", tmp_path / "file" / "runs")
     assert finding.verdict == "missing"
@@ -192,18 +197,18 @@ def test_a_folder_that_cannot_be_made_is_missing_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("gigabytes", "verdict"), [(0, "missing"), (1.9, "missing"), (3, "warning"), (21, "ok")]
 )
-def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(gigabytes, verdict):
+def test_free_space_determines_the_verdict(gigabytes, verdict):
     assert folders.free_space("run folder", Path("runs"), int(gigabytes * 2**30)).verdict == verdict
 
 
-def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(tmp_path):
+def test_an_unshared_folder_is_detected_by_missing_tokens(tmp_path):
     folders.write_token(tmp_path / "a", "7", "n0")
-    folders.write_token(tmp_path / "b", "7", "n1")  # as if n1 mounted another disk
+    folders.write_token(tmp_path / "b", "7", "n1")  # as if n1 had mounted a different disk
     assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == ["n1"]
     folders.write_token(tmp_path / "a", "7", "n1")
     assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == []
     assert folders.unseen_tokens(tmp_path / "a", "8", ["n0"], 0.0) == ["n0"], (
-        "another job's tokens do not count"
+        "tokens of other jobs are ignored"
     )
     assert folders.shared("run folder, shared", tmp_path, ["n1"], needed=True).verdict == "missing"
     assert folders.shared("cache, shared", tmp_path, ["n1"], needed=False).verdict == "warning"
@@ -214,22 +219,22 @@ def test_weights_in_the_cache_are_verified(outside, monkeypatch):
     path = cached_path(artifact)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
-    finding = inputs.weights(RequiredWeights("lpips_alex", "official", None, None))
+    finding = inputs.weights("lpips_alex", WeightsFile(), "official")
     assert (finding.verdict, finding.remedy) == ("missing", "delete it and run again")
     assert "damaged" in finding.found
 
 
-def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(outside, monkeypatch):
+def test_unavailable_weights_are_reported_and_nothing_is_downloaded(outside, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a closed port: no network
     monkeypatch.delenv("no_proxy", raising=False)
-    finding = inputs.weights(RequiredWeights("lpips_alex", "official", None, None))
+    finding = inputs.weights("lpips_alex", WeightsFile(), "official")
     assert finding.verdict == "missing"
     assert "unavailable from official download" in finding.found
     assert str(outside / "cache" / "weights" / "official" / "alexnet-owt-7be5be79.pth") in finding.remedy
     assert not (outside / "cache").exists()
 
 
-def test_a_release_that_was_malware_is_not_only_old():
+def test_a_release_with_malware_has_its_own_remedy():
     finding = version(LIGHTNING, "2.6.3")
     assert (finding.verdict, "malware" in finding.remedy) == ("missing", True)
     assert version(LIGHTNING, "2.6.5").remedy == "run pip install 'lightning>=2.6.6'"
@@ -237,18 +242,18 @@ def test_a_release_that_was_malware_is_not_only_old():
     assert all(finding.verdict == "ok" for finding in versions())
 
 
-def test_the_versions_are_those_of_pyproject(root):
+def test_the_required_versions_match_pyproject(root):
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)
 
 
-def test_more_gpus_than_there_are_is_missing(requirements):
+def test_too_few_gpus_are_reported(requirements):
     finding = machine.gpus(dataclasses.replace(requirements, gpus=1000))
     assert finding.verdict == "missing"
     assert "GPUS=0" in finding.remedy
 
 
-def test_a_port_that_somebody_listens_at_is_missing():
+def test_an_occupied_port_is_reported():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -257,88 +262,84 @@ def test_a_port_that_somebody_listens_at_is_missing():
     assert machine.port(0).verdict == "ok"
 
 
-def test_little_shared_memory_is_a_warning_only_with_loader_workers():
+def test_little_shared_memory_is_a_warning_only_with_data_workers():
     assert machine.shared_memory_of(64 << 20, 2).verdict == "warning"
     assert machine.shared_memory_of(64 << 20, 0).verdict == "ok"
 
 
-def test_more_workers_than_processors_is_a_warning(requirements):
+def test_more_data_workers_than_cpus_are_a_warning(requirements):
     assert (
         machine.processors(dataclasses.replace(requirements, processes=1000, workers=4)).verdict == "warning"
     )
 
 
-def test_nodes_that_agree_share_a_row_and_others_are_named():
-    same, disk = Finding("python", "3.11.7"), Finding("cache", "full", "missing", "free some")
+def test_equal_findings_of_nodes_are_merged_into_one_row():
+    same, disk = Finding("python", "3.11.7"), Finding("cache", "full", missing="free some")
     table = merge_findings({"n0": [same, Finding("cache", "fine")], "n1": [same, disk], "n2": [same, disk]})
-    assert [(row.check, row.nodes, row.found, row.verdict) for row in table] == [
+    assert [(row.check, nodes, row.found, row.verdict) for nodes, row in table] == [
         ("python", "", "3.11.7", "ok"),
         ("cache", "n0", "fine", "ok"),
         ("cache", "n1, n2", "full", "missing"),
     ]
 
 
-def test_what_must_be_alike_and_is_not_is_missing():
+def test_different_findings_of_a_uniform_check_are_reported():
     shards = [Finding("shards", f"10 objects ({digest})", uniform=True) for digest in ("aa", "bb")]
     table = merge_findings({"n0": shards[:1], "n1": shards[1:]})
-    assert [row.verdict for row in table] == ["missing", "missing"]
+    assert [row.verdict for _, row in table] == ["missing", "missing"]
 
 
-def test_the_table_survives_brackets_and_warnings_alone_pass(capsys):
-    assert print_table(merge_findings({"": [Finding("a", "[/red] n[0-1]", "warning", "see [this]")]}))
+def test_the_table_escapes_brackets_and_passes_with_warnings(capsys):
+    assert print_table(merge_findings({"": [Finding("a", "[/red] n[0-1]", warning="see [this]")]}))
     said = capsys.readouterr().out
     assert "[/red] n[0-1]" in said
     assert "warning: a: see [this]" in said
 
 
-def test_a_finding_travels_as_json():
-    finding = Finding("a", "b", "missing", "c", uniform=True)
+def test_findings_can_be_converted_to_json():
+    finding = Finding("a", "b", "c", "d", uniform=True)
     assert Finding(**json.loads(json.dumps(dataclasses.asdict(finding)))) == finding
 
 
-def test_files_are_looked_for_of_encoders_whose_weights_are_in_our_table(config):
+def test_only_encoder_weights_in_the_catalog_are_checked(config):
     def names(encoder):
         chosen = ["--weights.pretrained=true", f"--model.lrm.encoder.name={encoder}"]
-        return [weights.name for weights in read_requirements(["-c", str(config), *chosen]).weights]
+        return list(read_requirements(["-c", str(config), *chosen]).weights)
 
     assert names("vit_small_patch14_dinov2") == ["dinov2_vits14", "lpips_alex"]
-    assert names("vit_tiny_patch16_224") == ["lpips_alex"], "the hub is asked"
+    assert names("vit_tiny_patch16_224") == ["lpips_alex"], "weights on the Hugging Face Hub are not checked"
 
 
-def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):
-    """Processes on this machine act as nodes; the store ends with the process of node 0."""
-    program = """
-import os, socket, sys, time
-from lrm_pl.cluster.checks.findings import Finding
-from lrm_pl.cluster.checks.nodes import NodeExchange, NodeGroup
-import lrm_pl.cluster.checks.nodes as nodes
-index, port, slow = map(int, sys.argv[1:])
-nodes.rendezvous_address = lambda: ("127.0.0.1", port)
-exchange = NodeExchange(NodeGroup(3, index, f"n{index}", "1"))
-gathered = exchange._all_gather
-def late(key, value):
-    found = gathered(key, value)
+def act_as_node(index, port, slow, results):
+    """Exchange values as one of three nodes, of which one closes the exchange late."""
+    os.environ |= {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": str(index), "SLURMD_NODENAME": f"n{index}"}
+    nodes.rendezvous_address = lambda: ("127.0.0.1", port)
+    exchange = nodes.NodeExchange()
+    found = exchange.all_gather("findings", f"c{index}")
     time.sleep(0.5 * (index == slow))
-    return found
-exchange._all_gather = late
-print([found.check for report in exchange.gather([Finding(f"c{index}", "")]) for found in report])
-"""
-    for slow in (0, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        nodes = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, str(index), str(port), str(slow)], cwd=root, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-            for index in range(3)
-        ]  # fmt: skip
-        said = [node.communicate(timeout=100)[0] for node in nodes]
-        assert said == ["['c0', 'c1', 'c2']\n"] * 3
+    exchange.close()
+    results.put(found)
 
 
-def test_a_first_node_whose_name_stands_for_no_address_is_a_row(config, monkeypatch, capsys):
+@pytest.mark.parametrize("slow", [0, 2])
+def test_the_store_is_closed_after_all_nodes_have_read_the_findings(slow):
+    """Forked processes act as nodes. The store ends with the process of node 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=act_as_node, args=(index, port, slow, results)) for index in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=100) for _ in processes]
+    for process in processes:
+        process.join(100)
+    assert found == [["c0", "c1", "c2"]] * 3
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_an_unresolvable_name_of_the_first_node_is_reported(config, monkeypatch, capsys):
     for name, value in (
         ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_STEP_NUM_TASKS", "2"),
         ("SLURM_NODEID", "1"), ("SLURMD_NODENAME", "n1"), ("SLURM_JOB_ID", "1"),

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from lrm_pl.apps.infer import find_images, main
+from lrm_pl.apps.infer import main
 from lrm_pl.errors import InputError
 from lrm_pl.inference import result_folder
+from lrm_pl.inference.find_images import find_images
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.result_folder import _files_for, _files_of, _require_own, _write
 
@@ -22,20 +23,20 @@ def touch(folder, *names):
     return [folder / name for name in names]
 
 
-def test_files_of_a_folder_that_are_passed_over_are_listed(tmp_path):
+def test_skipped_files_of_a_folder_are_listed(tmp_path):
     touch(tmp_path, "a.png", "b.JFIF", "c.avif", "d.tif", "e.HEIC", "notes.txt", ".DS_Store")
     images, others = find_images([tmp_path])
     assert list(images) == ["a", "b", "c", "d"]
     assert [path.name for path in others] == ["e.HEIC", "notes.txt"]
 
 
-def test_a_link_that_leads_nowhere_is_an_image_that_fails_and_not_one_that_is_not_there(tmp_path):
+def test_a_broken_symbolic_link_is_listed_as_an_image(tmp_path):
     touch(tmp_path, "a.png")
     (tmp_path / "photo.png").symlink_to("gone.png")
     assert list(find_images([tmp_path])[0]) == ["a", "photo"]
 
 
-def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
+def test_characters_outside_the_output_encoding_are_escaped():
     code = "from lrm_pl.paths import escape_names; escape_names(); print('\\udcff\\u2191')"
     for encoding, expected in (("utf-8", b"\\udcff\xe2\x86\x91\n"), ("latin-1", b"\\udcff\\u2191\n")):
         environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
@@ -43,7 +44,7 @@ def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
         assert done.stdout == expected
 
 
-def test_images_of_one_name_have_results_of_their_own(tmp_path):
+def test_images_with_the_same_name_have_different_result_folders(tmp_path):
     twins = touch(tmp_path / "x", "anim.png", "anim.webp")
     assert list(find_images(twins)[0]) == ["anim.png", "anim.webp"]
     fronts = touch(tmp_path / "chair", "front.jpg") + touch(tmp_path / "table", "front.jpg", "side.jpg")
@@ -56,7 +57,7 @@ def test_images_of_one_name_have_results_of_their_own(tmp_path):
         find_images(fronts + far)
 
 
-def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over(tmp_path):
+def test_files_that_are_not_listed_in_an_existing_record_are_not_overwritten(tmp_path):
     touch(tmp_path, "input.png", "mesh.obj")
     files = _files_for(MeshOptions(frames=0))
     assert files == {"input.png", "mesh.glb", "result.json"}
@@ -68,7 +69,7 @@ def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over
     _require_own(tmp_path, files, earlier)
 
 
-def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_path, monkeypatch):
+def test_the_record_lists_all_written_files_after_an_interruption(tmp_path, monkeypatch):
     """Replace a result of two files by one of three, interrupted before each write in turn."""
     first = {"mesh.obj": b"1", "input.png": b"1"}
     mesh, orbit = {"mesh.glb": b"2", "input.png": b"2"}, {"orbit.mp4": b"2"}
@@ -105,12 +106,14 @@ def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_
         assert {path.name for path in out.iterdir()} == {*mesh, *orbit, "result.json"}
 
 
-def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_images(tmp_path):
+def test_a_glob_pattern_is_expanded_to_images(tmp_path):
     a, b = touch(tmp_path / "in", "a.png", "b.png")
     touch(tmp_path / "in", "c.txt")
     assert list(find_images([tmp_path / "in" / "*.png"])[0].values()) == [a, b]
+    dots = touch(tmp_path / "in", "...png")
+    assert list(find_images(dots)[0]) == ["...png"], "the stem would be the parent folder"
     odd = touch(tmp_path / "in", "d[1].png")
-    assert list(find_images(odd)[0].values()) == odd, "a file of that name is itself"
+    assert list(find_images(odd)[0].values()) == odd, "an existing path is not a pattern"
     with pytest.raises(InputError, match=r"at .*in/\*.jpg, but found neither"):
         find_images([tmp_path / "in" / "*.jpg"])
 
@@ -121,25 +124,33 @@ def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_images(tmp_path):
         (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Give images first: lrm infer IMAGE"),
         (
             ["--texture", "a.png"],
-            "expected a number of pixels or nothing, but found 'a.png'. Give images first",
+            "expected a number of pixels or no value, but found 'a.png'. Give images first",
         ),
         (["https://example.com/a.png"], "on this machine, but found the address https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
         ([""], "expected a path, but found nothing"),
     ],
 )
-def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(words, message, capsys):
+def test_invalid_option_values_and_paths_are_rejected_with_a_remedy(words, message, capsys):
     with pytest.raises(SystemExit):
         main(words)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(tmp_path):
-    """Run commands with invalid arguments in new processes."""
+def test_invalid_commands_are_rejected_before_slow_imports(tmp_path):
+    """Run all commands in one new process, which records the imported modules."""
     (tmp_path / "a.png").touch()
-    program = "import sys; sys.argv[0] = 'lrm'\nfrom lrm_pl.__main__ import main\ntry: main()\nfinally: " \
-        "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip
-    for words, message in (
+    program = """
+import json, sys
+from lrm_pl.__main__ import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["lrm", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps([str(end), sorted({"torch", "lightning", "scipy", "trimesh"} & set(sys.modules))]))
+"""
+    commands = (
         (["infer", "nosuch.png"], "found neither"),
         (["infer", "a.png", "--resolution", "4"], "expected resolution from 8 to 1024, but found 4"),
         (["infer", "a.png", "--fov", "190"], "fov_deg between 0 and 180"),
@@ -153,15 +164,19 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["view", "nosuch"], "expected a run folder at nosuch, but found none"),
         (["export", "nosuch", "out"], "found nothing at nosuch"),
         (["export", "a.png", "."], "The folder . cannot be created because it exists"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-        assert (done.returncode, done.stdout.strip()) == (1, "[]"), (words, done.stdout, done.stderr)
-        assert message in done.stderr
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps([words for words, _ in commands])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(ends) == len(commands), done.stderr
+    for (words, message), (error, imported) in zip(commands, ends, strict=True):
+        assert message in error, words
+        assert not imported, words
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', "\udcff"])
-def test_a_damaged_record_lists_nothing(text, tmp_path):
+def test_a_damaged_record_lists_no_files(text, tmp_path):
     (tmp_path / "result.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert _files_of(tmp_path) == set()

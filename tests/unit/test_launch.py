@@ -18,7 +18,7 @@ from lrm_pl.cluster.launch import main
 from tests.builders import a_launch, run_job
 
 
-def test_arguments_arrive_as_they_were_given_whatever_they_hold(checkout):
+def test_arguments_are_passed_unchanged_through_the_job_script(checkout):
     """srun is replaced by printf, which prints each argument."""
     nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
     srun = "srun() { printf '%s\\n' \"$@\"; }\n"
@@ -34,12 +34,12 @@ def test_arguments_arrive_as_they_were_given_whatever_they_hold(checkout):
 @pytest.mark.parametrize(
     "name", ["a b", "../up", "a%j", "x\n#SBATCH --uid=0", "-x", "$(id)", "bash", "interactive"]
 )
-def test_a_name_that_is_no_plain_name_is_refused(no_slurm, name):
+def test_an_invalid_name_is_rejected(no_slurm, name):
     with pytest.raises(SystemExit, match="NAME"):
         main(["--gpus", "0", "-c", "mine.yaml", f"--name={name}", "--dry-run"])
 
 
-def test_many_nodes_without_slurm_are_one_line_in_which_a_word_stands_for_the_rank(no_slurm, capsys):
+def test_several_nodes_without_slurm_print_one_command_with_a_placeholder_for_the_rank(no_slurm, capsys):
     main(
         [
             "--nodes=8",
@@ -74,16 +74,16 @@ def test_many_nodes_without_slurm_are_one_line_in_which_a_word_stands_for_the_ra
 
 
 @pytest.mark.parametrize("asked", [["--nodes=8"], ["--partition=gpu"]])
-def test_a_dry_run_shows_slurms_command_where_there_is_no_slurm(no_slurm, capsys, asked):
+def test_a_dry_run_prints_the_sbatch_command_without_slurm(no_slurm, capsys, asked):
     main([*asked, "--gpus=8", "-c", "mine.yaml", "--dry-run"])
     said = capsys.readouterr().out
     assert " --gres=gpu:8 " in said
     assert " --cpus-per-task=CPUS " in said
-    assert "There is no `sbatch` on this machine: CPUS is a placeholder" in said
+    assert "This machine has no `sbatch`, so CPUS is a placeholder" in said
     assert not Path("runs").exists()
 
 
-def test_cpus_that_are_reserved_for_the_system_are_not_asked_for(checkout, monkeypatch):
+def test_cpus_that_are_reserved_for_the_system_are_not_requested(checkout, monkeypatch):
     programs = {
         "sinfo": "echo 'gpu*|32|n0|gpu:4'; echo 'gpu*|32|n1|gpu:4'",
         "scontrol": "echo 'NodeName=n0 Arch=x86_64 CPUEfctv=28 CPUTot=32'; echo 'NodeName=n1 X=1'",
@@ -97,7 +97,7 @@ def test_cpus_that_are_reserved_for_the_system_are_not_asked_for(checkout, monke
 
 
 @pytest.mark.parametrize("named", ["option", "variable"])
-def test_gpus_are_those_of_the_partition_that_sbatch_takes_hidden_or_from_its_own_variable(
+def test_the_number_of_gpus_is_read_from_a_hidden_partition_or_the_partition_in_the_environment(
     checkout, monkeypatch, capsys, named
 ):
     programs = {
@@ -119,13 +119,13 @@ def test_gpus_are_those_of_the_partition_that_sbatch_takes_hidden_or_from_its_ow
     assert " --gres=gpu:4 --partition=gpu " in said
 
 
-def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do(no_slurm, capsys):
+def test_two_nodes_without_slurm_and_master_are_an_error_with_a_remedy(no_slurm, capsys):
     with pytest.raises(SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH. Run this"):
         main(["--nodes=2", "--gpus=0", "-c", "mine.yaml"])
     assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 1
 
 
-def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch, capsys):
+def test_master_does_not_use_slurm(checkout, monkeypatch, capsys):
     """Slurm is installed, but its controller does not respond."""
     for name in ("sbatch", "sinfo"):
         program = checkout / name
@@ -152,19 +152,17 @@ def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch,
         (["--gpus=0", "--processes=2"], "ddp"),
     ],
 )
-def test_one_node_is_started_here_with_the_strategy_of_its_processes(no_slurm, capsys, arguments, strategy):
+def test_a_single_node_is_started_locally_with_the_default_strategy(no_slurm, capsys, arguments, strategy):
     main([*arguments, "-c", "mine.yaml", "--dry-run"])
     said = capsys.readouterr().out
     assert "torch.distributed.run --standalone" in said
     assert f" -c configs/trainer/{strategy}.yaml -c mine.yaml --trainer" in said, (
-        "the config may say otherwise"
+        "the config overrides the default strategy"
     )
     assert not Path("runs").exists(), "a dry run writes nothing"
 
 
-def test_a_strategy_and_data_that_are_asked_for_are_on_top_of_the_config_and_others_do_not_touch_it(
-    no_slurm, capsys
-):
+def test_a_given_strategy_and_data_folder_override_the_config(no_slurm, capsys):
     main(["--gpus=2", "--strategy=gpu", "--data=data/mine", "-c", "mine.yaml", "--dry-run"])
     said = capsys.readouterr().out
     assert " fit -c mine.yaml -c configs/trainer/gpu.yaml --trainer" in said
@@ -173,12 +171,12 @@ def test_a_strategy_and_data_that_are_asked_for_are_on_top_of_the_config_and_oth
     assert "--data.folder" not in capsys.readouterr().out
 
 
-def test_processes_alone_are_of_the_cpus_where_no_gpu_is(no_slurm, capsys):
+def test_processes_without_gpus_run_on_cpus(no_slurm, capsys):
     main(["--processes=2", "-c", "mine.yaml", "--dry-run"])
     assert "--trainer.devices 2 --trainer.accelerator cpu" in capsys.readouterr().out
 
 
-def test_more_gpus_than_the_machine_has_are_refused_before_anything_starts(no_slurm):
+def test_more_gpus_than_available_are_rejected_before_the_start(no_slurm):
     with pytest.raises(SystemExit, match="expected 4 GPUs on this machine, but found 0 that PyTorch can use"):
         main(["--gpus=4", "-c", "mine.yaml"])
 
@@ -202,7 +200,7 @@ def group(checkout, root):
 @pytest.mark.parametrize(
     ("ends", "status", "said"),
     [
-        ("sys.exit(0)", 0, ""),
+        pytest.param("sys.exit(0)", 0, "", marks=pytest.mark.soak),
         ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
         (
             "os.write(2, b'lrm: expected this, but found that\\n'); sys.exit(1)",
@@ -212,7 +210,7 @@ def group(checkout, root):
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was terminated by signal 9\n"),
     ],
 )
-def test_the_last_thing_that_several_processes_say_is_their_own_message(
+def test_the_launcher_prints_no_traceback_after_the_messages_of_its_processes(
     group, ends, status, said, tmp_path, monkeypatch
 ):
     (tmp_path / "temporary").mkdir()
@@ -220,12 +218,15 @@ def test_the_last_thing_that_several_processes_say_is_their_own_message(
     process = group(ends)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == status, printed
-    assert not list((tmp_path / "temporary").iterdir()), "they leave nothing"
+    assert not list((tmp_path / "temporary").iterdir()), "no temporary files remain"
     assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_follows(group, number):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGINT, signal.SIGUSR1))],
+)
+def test_a_signal_is_forwarded_to_all_processes_without_a_traceback(group, number):
     process = group(
         "def stop(number, frame):\n    time.sleep(1)\n    os.write(1, b'kept\\n')\n    sys.exit(75)\n"
         "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n    signal.signal(number, stop)\n"
@@ -240,12 +241,12 @@ def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_foll
     assert process.returncode == 128 + number
 
 
-def test_the_default_name_is_the_experiment_and_the_time(no_slurm, capsys):
+def test_the_default_name_contains_the_experiment_and_the_time(no_slurm, capsys):
     main(["--gpus=0", "-c", "mine.yaml", "--dry-run"])
     assert re.search(r"--run.folder runs/mine-\d{8}-\d{6}-\d{6}\n", capsys.readouterr().out)
 
 
-def test_two_runs_that_are_launched_within_a_second_have_a_folder_each(no_slurm, capsys):
+def test_two_runs_launched_in_the_same_second_have_different_folders(no_slurm, capsys):
     for _ in range(2):
         main(["--gpus=0", "-c", "mine.yaml", "--dry-run"])
     first, second = re.findall(r"--run.folder (\S+)", capsys.readouterr().out)
@@ -269,7 +270,7 @@ def test_two_runs_that_are_launched_within_a_second_have_a_folder_each(no_slurm,
         (["--nodes=2", "--gpus=0", "--master=first;id"], "expected MASTER"),
     ],
 )
-def test_what_cannot_be_launched_says_so(no_slurm, arguments, message):
+def test_invalid_options_are_rejected(no_slurm, arguments, message):
     with pytest.raises(SystemExit, match=message):
         lrm_launch([*arguments, "-c", "mine.yaml"])
 
@@ -283,7 +284,7 @@ def lrm_launch(arguments):
         sys.argv = before
 
 
-def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
+def test_torchrun_runs_the_printed_command(checkout, root):
     """Run the printed command with a short program in place of lrm_pl."""
     (checkout / "lrm_pl.py").write_text(
         "import os\nprint(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\")\n"
@@ -299,7 +300,7 @@ def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
     assert sorted(re.findall(r"rank \d of \d", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"], done.stderr
 
 
-def test_the_lines_of_two_nodes_really_meet(checkout, root):
+def test_the_printed_commands_of_two_nodes_rendezvous(checkout, root):
     """Run both commands on this machine with a program that sums the ranks in place of lrm_pl."""
     program = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.tensor(d.get_rank() + 1)\n"
     program += "d.all_reduce(x)\nprint(f'sum {x.item()}')\nd.destroy_process_group()\n"

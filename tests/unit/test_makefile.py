@@ -32,7 +32,7 @@ def typed(root, tmp_path):
     return run
 
 
-def test_the_environment_does_not_change_what_make_does(typed):
+def test_environment_variables_do_not_change_the_command(typed):
     names = "CONFIG DATA ARGS PYTHON ASSETS OUT VIEWS RES SAMPLES JOBS NODES GPUS STRATEGY CKPT IMAGE PROTOCOL BENCH"
     leaked = dict.fromkeys(names.split(), "leaked")
     for target in ("train", "doctor", "evaluate", "render-shards", "bench"):
@@ -49,10 +49,10 @@ def test_the_environment_does_not_change_what_make_does(typed):
         (("infer", "evaluate", "IMAGE=a.png", "DATA=x", "GPUS=2"), "found GPUS"),
         (("infer", "IMAGE=a.png", "DATA=data/mine"), "found DATA"),
         (("render-shards", "PROCESSES=4"), "found PROCESSES"),
-        (("lint", "ARGS=x"), "expected variables from none"),
+        (("lint", "ARGS=x"), "expected no variables"),
     ],
 )
-def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
+def test_an_unknown_variable_of_a_target_is_rejected(typed, words, named):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         typed(*words)
     assert named in refused.value.stderr
@@ -61,22 +61,22 @@ def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
 @pytest.mark.parametrize(
     "words", [("train", "DATA="), ("render-shards", "ASSETS=", "OUT=x"), ("infer", "CKPT=")]
 )
-def test_a_variable_without_a_value_is_refused_and_not_taken_for_the_default(typed, words):
+def test_a_variable_without_a_value_is_rejected(typed, words):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         typed(*words)
     assert f"{words[1]} has no value" in refused.value.stderr
     assert typed("train", "DATA=x", "ARGS=") == typed("train", "DATA=x")
 
 
-def test_a_variable_is_taken_where_one_of_the_targets_takes_it(typed):
+def test_a_variable_is_accepted_if_one_of_the_targets_accepts_it(typed):
     assert typed("train", "doctor", "NAME=mine", "NODES=2", "PYTHON=python3.12")
     words, _ = typed("doctor", "NODES=2", "STRATEGY=fsdp2")
     assert words[2:] == ["--nodes=2", "-c=configs/experiment/demo.yaml", "-c=configs/trainer/fsdp2.yaml"]
 
 
 @pytest.mark.parametrize("path", ["my meshes", "it's", "a$$b", 'two "quotes"', "a;id", "ä(1)"])
-def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
-    meant = path.replace("$$", "$")  # make's own way to write a dollar sign
+def test_a_path_with_special_characters_is_passed_as_one_word(typed, path, tmp_path):
+    meant = path.replace("$$", "$")  # make escapes a dollar sign as two dollar signs
     assert f"--assets={meant}" in typed("render-shards", f"ASSETS={path}", "OUT=out")[0]
     assert f"--out={meant}" in typed("render-shards", "ASSETS=in", f"OUT={path}")[0]
     assert f"--data.folder={meant}" in typed("train", f"DATA={path}")[0]
@@ -88,12 +88,12 @@ def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
     assert typed("train", f"CONFIG={path}")[0][2:] == [f"-c={meant}"]
 
 
-def test_several_images_and_patterns_are_words_of_their_own(typed):
+def test_images_and_patterns_are_passed_as_separate_words(typed):
     assert typed("infer", "IMAGE=a.png in/*.png")[0][2:] == ["a.png", "in/*.png"]
     assert typed("infer", "IMAGE=nosuch.png")[0][2:] == ["nosuch.png"]
 
 
-def test_what_is_not_given_is_left_to_the_config(typed):
+def test_unset_variables_add_no_options(typed):
     words, _ = typed("train", "CONFIG=mine.yaml")
     assert words == [".venv/bin/lrm", "fit", "-c=mine.yaml"]
     words, _ = typed("train", "CONFIG=mine.yaml", "NODES=2", "GPUS=8")
@@ -114,12 +114,12 @@ def test_what_is_not_given_is_left_to_the_config(typed):
         (("DRY_RUN=1", "NODES=2"), False),
     ],
 )
-def test_the_demos_shards_are_made_only_where_they_are_trained_on(typed, words, made):
+def test_the_demo_shards_are_rendered_only_if_the_run_trains_on_them(typed, words, made):
     _, before = typed("train", *words)
     assert any("data_tools render --out data/demo" in line for line in before) == made
 
 
-def test_every_variable_that_a_readme_gives_to_make_is_read(typed, root):
+def test_make_accepts_the_variables_in_every_readme(typed, root):
     texts = [path.read_text() for path in (root / "README.md", *root.glob("lrm_pl/*/README.md"))]
     lines = re.findall(r"\bmake [a-z-]+(?: [A-Z]+=(?:\"[^\"]*\"|\S+))+", "\n".join(texts))
     assert len(lines) > 5

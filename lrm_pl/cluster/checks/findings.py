@@ -24,70 +24,62 @@ class Finding:
     Attributes:
         check: Name of the check.
         found: Description of what the check found.
-        verdict: "ok", "warning", or "missing" if the run cannot start.
-        remedy: Instructions for the user. Empty if and only if the verdict is "ok".
+        missing: Remedy if the run cannot start, and otherwise an empty string.
+        warning: Remedy if the run can start but may be slow or fail later, and otherwise an empty string.
         uniform: Whether the finding must be the same on all nodes.
     """
 
     check: str
     found: str
-    verdict: Verdict = "ok"
-    remedy: str = ""
+    missing: str = ""
+    warning: str = ""
     uniform: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that there is a remedy if and only if the verdict is not "ok"."""
-        assert (self.verdict == "ok") == (not self.remedy), self
 
     @classmethod
     def from_error(cls, check: str, error: InputError) -> "Finding":
         """Return the finding of a check that failed with an expected error."""
-        return cls(check, error.problem, "missing", error.remedy or "correct it and run again")
+        return cls(check, error.problem, error.remedy or "correct it and run the command again")
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict that the table shows."""
+        return "missing" if self.missing else "warning" if self.warning else "ok"
+
+    @property
+    def remedy(self) -> str:
+        """Instructions for the user, or an empty string if the verdict is "ok"."""
+        return self.missing or self.warning
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Row of the table.
-
-    Attributes:
-        check: Name of the check.
-        nodes: Names of the nodes with this finding. Empty if all nodes have this finding.
-        found: Description of what the check found.
-        verdict: Verdict of the finding.
-        remedy: Instructions for the user.
-    """
-
-    check: str
-    nodes: str
-    found: str
-    verdict: Verdict
-    remedy: str
-
-
-def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[Row]:
-    """Merge the findings of all nodes into rows, with one row per distinct finding of a check.
+def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[tuple[str, Finding]]:
+    """Merge the findings of all nodes into the rows of a table, with one row per distinct finding of a check.
 
     Args:
         reports: Findings by name of the node.
+
+    Returns:
+        Rows with the names of the nodes, which are empty if all nodes have the finding, and the finding.
     """
     checks: dict[str, dict[Finding, list[str]]] = {}
     for node, findings in reports.items():
         for finding in findings:
             checks.setdefault(finding.check, {}).setdefault(finding, []).append(node)
     rows = []
-    for check, groups in checks.items():
+    for groups in checks.values():
         differ = len(groups) > 1 and any(finding.uniform for finding in groups)
         for finding, nodes in groups.items():
-            verdict, remedy = finding.verdict, finding.remedy
-            if differ and verdict == "ok":
-                verdict, remedy = "missing", "use the same environment and shared folder on every node"
-            all_nodes = len(nodes) == len(reports)
-            rows.append(Row(check, "" if all_nodes else ", ".join(nodes), finding.found, verdict, remedy))
+            if differ and finding.verdict == "ok":
+                remedy = "use the same environment and shared folder on every node"
+                finding = dataclasses.replace(finding, missing=remedy)
+            rows.append(("" if len(nodes) == len(reports) else ", ".join(nodes), finding))
     return rows
 
 
-def print_table(rows: Sequence[Row]) -> bool:
+def print_table(rows: Sequence[tuple[str, Finding]]) -> bool:
     """Print the table and the remedies.
+
+    Args:
+        rows: Rows as returned by ``merge_findings``.
 
     Returns:
         Whether no row has the verdict "missing".
@@ -95,17 +87,16 @@ def print_table(rows: Sequence[Row]) -> bool:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    nodes_differ = any(row.nodes for row in rows)
+    nodes_differ = any(nodes for nodes, _ in rows)
     table = Table()
     for column in ("check", *(["nodes"] if nodes_differ else []), "found", "verdict"):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
-        cells = [row.check, *([row.nodes or "all"] if nodes_differ else []), row.found]
-        table.add_row(*map(escape, cells), verdict)
+    for nodes, row in rows:
+        cells = [row.check, *([nodes or "all"] if nodes_differ else []), row.found]
+        table.add_row(*map(escape, cells), f"[{STYLES[row.verdict]}]{row.verdict}[/]")
     console.print(table)
-    for row in rows:
+    for nodes, row in rows:
         if row.remedy:
-            nodes = f" ({row.nodes})" if row.nodes else ""
-            console.print(escape(f"{row.verdict}: {row.check}{nodes}: {row.remedy}"), soft_wrap=True)
-    return all(row.verdict != "missing" for row in rows)
+            where = f" ({nodes})" if nodes else ""
+            console.print(escape(f"{row.verdict}: {row.check}{where}: {row.remedy}"), soft_wrap=True)
+    return not any(row.missing for _, row in rows)

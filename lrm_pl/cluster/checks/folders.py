@@ -22,7 +22,7 @@ def writable(check: str, folder: Path) -> Finding:
         probe.unlink()
     except OSError as error:
         remedy = f"give this user write access to {folder}, free space on its disk, or choose another folder"
-        return Finding(check, f"{folder}: {error.strerror}", "missing", remedy)
+        return Finding(check, f"{folder}: {error.strerror}", remedy)
     return free_space(check, folder, shutil.disk_usage(folder).free)
 
 
@@ -34,23 +34,18 @@ def free_space(check: str, folder: Path, free: int) -> Finding:
         folder: The folder.
         free: Free space in bytes.
     """
-    found = f"{folder}: writable, {free // GB} GB free"
-    if free < MINIMUM_GB * GB:
-        return Finding(
-            check,
-            found,
-            "missing",
-            f"a checkpoint needs up to {MINIMUM_GB} GB: free space, or choose another folder",
-        )
-    if free < RECOMMENDED_GB * GB:
-        return Finding(
-            check, found, "warning", f"checkpoints of a large model may fill it: free {RECOMMENDED_GB} GB"
-        )
-    return Finding(check, found)
+    missing = f"free {MINIMUM_GB} GB, the size of a checkpoint, or choose another folder"
+    warning = f"free {RECOMMENDED_GB} GB, because checkpoints of a large model may fill the disk"
+    return Finding(
+        check,
+        f"{folder}: writable, {free // GB} GB free",
+        missing=missing if free < MINIMUM_GB * GB else "",
+        warning=warning if free < RECOMMENDED_GB * GB else "",
+    )
 
 
 def token(folder: Path, job: str, node: str) -> Path:
-    """Return the path of the file that shows the other nodes that ``node`` shares the folder."""
+    """Return the path of the file whose existence shows that ``node`` shares the folder."""
     return folder / f".doctor-{job}-{node}"
 
 
@@ -89,14 +84,12 @@ def shared(check: str, folder: Path, missing: Sequence[str], *, needed: bool) ->
     Args:
         check: Name of the check.
         folder: The folder.
-        missing: Names of the nodes whose tokens this node does not see.
-        needed: Whether the verdict is "missing" instead of "warning" if the folder is not shared.
+        missing: Names of the nodes whose tokens are not in the folder.
+        needed: Whether the run cannot start if the folder is not shared.
     """
     if not missing:
         return Finding(check, f"{folder.absolute()}: shared by all nodes")
     found = f"{folder.absolute()}: not shared with {', '.join(missing)}"
     if needed:
-        return Finding(check, found, "missing", "choose a folder on a file system that all nodes share")
-    return Finding(
-        check, found, "warning", "each node downloads its own files: set LRM_CACHE= to a shared folder"
-    )
+        return Finding(check, found, missing="choose a folder on a file system that all nodes share")
+    return Finding(check, found, warning="set LRM_CACHE= to a shared folder to download files only once")

@@ -9,13 +9,14 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not listed in __all__
 
 from lrm_pl.cluster.checks import folders, inputs, machine
-from lrm_pl.cluster.checks.findings import Finding, Row, merge_findings
+from lrm_pl.cluster.checks.findings import Finding, merge_findings
 from lrm_pl.cluster.checks.requirements import RunRequirements, read_requirements
 from lrm_pl.errors import InputError
 from lrm_pl.training.processes import is_srun_task
@@ -31,89 +32,43 @@ CHECK_SECONDS = 600.0
 FILE_SECONDS = 30.0
 
 
-@dataclasses.dataclass(frozen=True)
-class NodeGroup:
-    """The nodes of a Slurm step.
+class NodeExchange:
+    """Exchange of values between the nodes of a Slurm step over a TCPStore on the first node.
 
     Attributes:
-        count: Number of nodes.
+        names: Names of all nodes, ordered by rank.
         rank: Rank of this node.
-        name: Name of this node.
-        job: Id of the job.
-    """
-
-    count: int
-    rank: int
-    name: str
-    job: str
-
-
-def node_group() -> NodeGroup | None:
-    """Return the nodes of the Slurm step that this process belongs to, or None if there is no such step."""
-    if not is_srun_task():
-        return None
-    environment = os.environ
-    return NodeGroup(
-        int(environment["SLURM_STEP_NUM_NODES"]),
-        int(environment["SLURM_NODEID"]),
-        environment["SLURMD_NODENAME"],
-        environment["SLURM_JOB_ID"],
-    )
-
-
-class NodeExchange:
-    """Exchange of values between nodes over a TCPStore on the first node.
-
-    Args:
-        group: The nodes.
 
     Raises:
         OSError: The name of the first node cannot be resolved to an address.
         torch.distributed.DistError: The rendezvous timed out.
     """
 
-    def __init__(self, group: NodeGroup) -> None:
-        self.group = group
+    def __init__(self) -> None:
+        self.count, self.rank = int(os.environ["SLURM_STEP_NUM_NODES"]), int(os.environ["SLURM_NODEID"])
         self.address, self.port = rendezvous_address()
         socket.getaddrinfo(self.address, self.port)  # fails immediately; the store would retry for minutes
         self._store = TCPStore(
             self.address,
             self.port,
-            group.count,
-            is_master=group.rank == 0,
+            self.count,
+            is_master=self.rank == 0,
             timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
         )
         self._store.set_timeout(timedelta(seconds=CHECK_SECONDS))
+        self.names: list[str] = self.all_gather("name", os.environ["SLURMD_NODENAME"])
 
-    def names(self) -> list[str]:
-        """Return the names of all nodes, ordered by rank."""
-        return [name.decode() for name in self._all_gather("name", self.group.name)]
-
-    def all(self, value: bool) -> bool:
-        """Return whether the value is true on every node."""
-        return all(answer == b"yes" for answer in self._all_gather("value", "yes" if value else "no"))
-
-    def barrier(self, name: str) -> None:
-        """Wait until all nodes have called this method. Each call must use a different name."""
-        self._all_gather(name, "")
-
-    def gather(self, findings: Sequence[Finding]) -> list[list[Finding]]:
-        """Return the findings of all nodes, ordered by rank, and close the exchange."""
-        record = json.dumps([dataclasses.asdict(finding) for finding in findings])
-        reports = self._all_gather("findings", record)
-        self.close()
-        return [[Finding(**entry) for entry in json.loads(report)] for report in reports]
+    def all_gather(self, key: str, value: object) -> list[Any]:
+        """Return the values of all nodes, ordered by rank, after all nodes have called this method with the key."""
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.count)]
 
     def close(self) -> None:
         """Close the exchange. The first node, which serves the store, waits until all other nodes have closed it."""
-        if self.group.rank:
-            self._store.set(f"closed/{self.group.rank}", "")
+        if self.rank:
+            self._store.set(f"closed/{self.rank}", "")
         else:
-            self._store.wait([f"closed/{rank}" for rank in range(1, self.group.count)])
-
-    def _all_gather(self, key: str, value: str) -> list[bytes]:
-        self._store.set(f"{key}/{self.group.rank}", value)
-        return [self._store.get(f"{key}/{rank}") for rank in range(self.group.count)]
+            self._store.wait([f"closed/{rank}" for rank in range(1, self.count)])
 
 
 def rendezvous_address() -> tuple[str, int]:
@@ -122,34 +77,43 @@ def rendezvous_address() -> tuple[str, int]:
     return environment.main_address, environment.main_port
 
 
-def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
+def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[tuple[str, Finding]]:
     """Run all checks on this node. Inside a Slurm step, also run the checks that involve all nodes of the step.
 
     Args:
         arguments: Arguments of ``lrm fit``.
         versions: Findings about versions, which are included in the result.
+
+    Returns:
+        Rows as returned by ``merge_findings``.
     """
     run, findings = None, list(versions)
     try:
         run = read_requirements(arguments)
     except InputError as error:
         findings.append(Finding.from_error("config", error))
-    group = node_group()
-    if group is None:
+    if not is_srun_task():
         findings += [] if run is None else [*check_node(run), machine.port(0), *_unchecked_nodes(run)]
         return merge_findings({"": findings})
     try:
-        exchange = NodeExchange(group)
-        findings.append(Finding("rendezvous", f"all nodes at {exchange.address}:{exchange.port}"))
+        exchange = NodeExchange()
+        rendezvous = Finding("rendezvous", f"all nodes at {exchange.address}:{exchange.port}")
+        mine = [*findings, rendezvous]
         # All nodes skip this check if one node has no valid config, because they would wait for the token of that node.
-        if exchange.all(run is not None) and run is not None:
-            findings += check_shared_folders(exchange, run)
-        findings += [] if run is None else check_node(run)
-        return merge_findings(dict(zip(exchange.names(), exchange.gather(findings), strict=True)))
+        if all(exchange.all_gather("config", run is not None)) and run is not None:
+            mine += check_shared_folders(exchange, run)
+        mine += [] if run is None else check_node(run)
+        reports = exchange.all_gather("findings", [dataclasses.asdict(finding) for finding in mine])
+        exchange.close()
+        return merge_findings(
+            {
+                name: [Finding(**finding) for finding in report]
+                for name, report in zip(exchange.names, reports, strict=True)
+            }
+        )
     except (torch.distributed.DistError, socket.gaierror) as error:
-        findings = [finding for finding in findings if finding.check != "rendezvous"]
-        findings.append(_failed_rendezvous(error))
-        return merge_findings({group.name: [*findings, *([] if run is None else check_node(run))]})
+        findings += [_failed_rendezvous(error), *([] if run is None else check_node(run))]
+        return merge_findings({os.environ["SLURMD_NODENAME"]: findings})
 
 
 def check_node(run: RunRequirements) -> list[Finding]:
@@ -165,27 +129,27 @@ def check_node(run: RunRequirements) -> list[Finding]:
         folders.writable("cache", cache_folder()),
         *inputs.shards(run),
         inputs.batch(run),
-        *(inputs.weights(file) for file in run.weights),
+        *(inputs.weights(name, file, run.source) for name, file in run.weights.items()),
     ]
 
 
 def check_shared_folders(exchange: NodeExchange, run: RunRequirements) -> list[Finding]:
     """Check whether all nodes share the run's folder and the cache folder.
 
-    Each node writes a token into each folder, and checks whether it sees the tokens of all nodes.
+    Each node writes a token into each folder, and checks whether the folder contains the tokens of all nodes.
     """
-    group, names = exchange.group, exchange.names()
+    job, own = os.environ["SLURM_JOB_ID"], exchange.names[exchange.rank]
     shared = {"run folder, shared": (run.run, True), "cache, shared": (cache_folder(), False)}
     for folder, _ in shared.values():
-        folders.write_token(folder, group.job, group.name)
-    exchange.barrier("tokens written")
+        folders.write_token(folder, job, own)
+    exchange.all_gather("tokens written", None)
     findings = []
     for check, (folder, needed) in shared.items():
-        missing = folders.unseen_tokens(folder, group.job, names, FILE_SECONDS)
+        missing = folders.unseen_tokens(folder, job, exchange.names, FILE_SECONDS)
         findings.append(folders.shared(check, folder, missing, needed=needed))
-    exchange.barrier("tokens read")
+    exchange.all_gather("tokens read", None)
     for folder, _ in shared.values():
-        folders.token(folder, group.job, group.name).unlink(missing_ok=True)
+        folders.token(folder, job, own).unlink(missing_ok=True)
     return findings
 
 
@@ -196,11 +160,11 @@ def _failed_rendezvous(error: Exception) -> Finding:
     )
     if isinstance(error, socket.gaierror):
         remedy = f"make the name {address} resolve to the first node on every node, in /etc/hosts or DNS"
-    return Finding("rendezvous", f"{address}:{port}: {str(error).splitlines()[0]}", "missing", remedy)
+    return Finding("rendezvous", f"{address}:{port}: {str(error).splitlines()[0]}", remedy)
 
 
 def _unchecked_nodes(run: RunRequirements) -> list[Finding]:
     if run.nodes == 1:
         return []
-    remedy = "run this on each of them, or on a machine with Slurm: lrm doctor --nodes N"
-    return [Finding("other nodes", f"{run.nodes - 1} not checked", "warning", remedy)]
+    remedy = "run lrm doctor on each of them, or lrm doctor --nodes N on a machine with Slurm"
+    return [Finding("other nodes", f"{run.nodes - 1} not checked", warning=remedy)]

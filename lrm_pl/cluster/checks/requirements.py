@@ -14,23 +14,6 @@ from lrm_pl.weights.resolve import WeightSource
 
 
 @dataclasses.dataclass(frozen=True)
-class RequiredWeights:
-    """A file of pretrained weights.
-
-    Attributes:
-        name: Name of the weights in the catalog.
-        source: Value of ``weights.source`` in the config.
-        path: Path of the file in the config, or None.
-        sha256: SHA-256 of the file in the config, or None.
-    """
-
-    name: WeightName
-    source: WeightSource
-    path: str | None
-    sha256: str | None
-
-
-@dataclasses.dataclass(frozen=True)
 class RunRequirements:
     """Requirements of a run.
 
@@ -46,7 +29,8 @@ class RunRequirements:
         bounds: Value of ``bounds`` of the renderer.
         sets: The data sets.
         run: Folder of the run.
-        weights: Files of pretrained weights.
+        weights: Files of pretrained weights by name in the catalog.
+        source: Value of ``weights.source`` in the config.
     """
 
     nodes: int
@@ -60,7 +44,8 @@ class RunRequirements:
     bounds: str
     sets: tuple[DataSet, ...]
     run: Path
-    weights: tuple[RequiredWeights, ...]
+    weights: dict[WeightName, WeightsFile]
+    source: WeightSource
 
 
 def read_requirements(arguments: list[str]) -> RunRequirements:
@@ -87,6 +72,7 @@ def read_requirements(arguments: list[str]) -> RunRequirements:
         sets=(DataSet(data["folder"], data["weight"]), *(DataSet(**vars(also)) for also in data["also"])),
         run=Path(config.get("run.folder") or "runs"),
         weights=_required_weights(config),
+        source=config["weights"].source,
     )
 
 
@@ -105,12 +91,12 @@ def process_count(devices: int | str | list[int], available: int) -> int:
     return len(indices) if "," in str(devices) else int(indices[0])
 
 
-def _required_weights(config: Namespace) -> tuple[RequiredWeights, ...]:
+def _required_weights(config: Namespace) -> dict[WeightName, WeightsFile]:
     weights: WeightsConfig = config["weights"]
-    files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", weights.lpips_alex)]
+    encoder = catalog_name(config["model"]["lrm"]["encoder"]["name"])
+    files: dict[WeightName, WeightsFile] = {}
+    if weights.pretrained and weights.network is None and encoder is not None:
+        files[encoder] = weights.encoder
     if config.get("model.objective.init_args.lpips", 1.0):
-        files.insert(0, ("lpips_vgg", weights.lpips_vgg))
-    encoder = config["model"]["lrm"]["encoder"]["name"]
-    if weights.pretrained and weights.network is None and (name := catalog_name(encoder)) is not None:
-        files.insert(0, (name, weights.encoder))
-    return tuple(RequiredWeights(name, weights.source, file.path, file.sha256) for name, file in files)
+        files["lpips_vgg"] = weights.lpips_vgg
+    return files | {"lpips_alex": weights.lpips_alex}

@@ -17,32 +17,24 @@ MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 def versions() -> list[Finding]:
     """Check the versions of Python and the required packages."""
     python = platform.python_version()
-    good = Version(python) >= Version("3.11")
-    findings = [
-        Finding("python", python, uniform=True)
-        if good
-        else Finding(
-            "python", python, "missing", "create the environment with Python 3.11: make PYTHON=python3.11"
-        )
-    ]
+    outdated = "" if Version(python) >= Version("3.11") else "use Python 3.11: make PYTHON=python3.11"
+    findings = [Finding("python", python, missing=outdated, uniform=True)]
     for requirement in map(Requirement, REQUIREMENTS):
         try:
-            found = importlib.metadata.version(requirement.name)
+            findings.append(version(requirement, importlib.metadata.version(requirement.name)))
         except importlib.metadata.PackageNotFoundError:
-            remedy = f"run pip install '{requirement}' in this environment"
-            findings.append(Finding(requirement.name, "not installed", "missing", remedy))
-            continue
-        findings.append(version(requirement, found))
+            findings.append(Finding(requirement.name, "not installed", f"run pip install '{requirement}'"))
     return findings
 
 
 def version(requirement: Requirement, found: str) -> Finding:
     """Check the installed version of one package."""
+    remedy = ""
     if found in MALWARE.get(requirement.name, ()):
         remedy = (
-            f"this release contained malware: install '{requirement}' and renew all secrets of this machine"
+            f"run pip install '{requirement}' and renew all secrets of this machine, because this release contained "
+            "malware"
         )
-        return Finding(requirement.name, found, "missing", remedy)
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(requirement.name, found, "missing", f"run pip install '{requirement}'")
-    return Finding(requirement.name, found, uniform=True)
+    elif not requirement.specifier.contains(found, prereleases=True):
+        remedy = f"run pip install '{requirement}'"
+    return Finding(requirement.name, found, missing=remedy, uniform=True)

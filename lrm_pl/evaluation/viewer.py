@@ -4,6 +4,7 @@ The page renders the reconstruction of an object from the camera of each visitor
 views as frusta. New checkpoints of the run are loaded automatically.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -18,7 +19,7 @@ import yaml
 from scipy.spatial.transform import Rotation
 
 from lrm_pl.checkpoints import find_checkpoint, list_checkpoints, load_network
-from lrm_pl.data.manifest import MANIFEST_NAME, Split
+from lrm_pl.data.manifest import Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.dataset import EvaluationDataset, NoObjectsError
@@ -78,7 +79,7 @@ class Viewer:
         self.objects = _list_objects(data)
         self._views: dict[int, ClientView] = {}
         self._lock = threading.RLock()  # guards the scene and the device
-        self._frusta: list[Any] = []
+        self._frusta: list[viser.CameraFrustumHandle] = []
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
         self.server.scene.set_up_direction("+z")
         self.server.scene.world_axes.visible = False
@@ -89,15 +90,13 @@ class Viewer:
         max_views = max(dataset.manifest.views for dataset, _ in self.objects.values())
         self.view = gui.add_slider("input view", 0, max(1, max_views - 1), 1, 0)
         self.input = gui.add_image(np.full((8, 8, 3), 255, np.uint8), label="input")
-        self.checkpoint = gui.add_dropdown(
-            "checkpoint", self._checkpoints(), initial_value=Path(self.pipeline.source).name
-        )
+        self.checkpoint = gui.add_dropdown("checkpoint", self._checkpoints(), initial_value=self._loaded)
         self.follow = gui.add_checkbox("follow the run", initial_value=True)
         self.threshold = gui.add_slider("minimum density", 0.0, 30.0, 0.5, 0.0)
         self.frusta = gui.add_checkbox("cameras", initial_value=True)
         self._show_first_object()
-        for control in (self.object, self.view):
-            control.on_update(lambda _: self._show_object())
+        self.object.on_update(lambda _: self._show_object())
+        self.view.on_update(lambda _: self._show_object())
         self.checkpoint.on_update(self._on_checkpoint)
         self.threshold.on_update(lambda _: self._update_field())
         self.frusta.on_update(lambda _: self._show_frusta())
@@ -108,39 +107,40 @@ class Viewer:
         """Render for all visitors and load new checkpoints until the process ends."""
         checked = time.monotonic()
         while True:
-            is_busy = False
-            for client in self.server.get_clients().values():
-                view = self._views.get(client.client_id)
-                if view is None:
-                    continue
-                height = _RESTING if time.monotonic() - view.moved > _REST_S else _MOVING
-                if height != view.height:
-                    is_busy = True
-                    view.height = height
-                    try:
-                        self._render(client, height)
-                    except Exception:  # an invalid camera or a disconnected visitor must not stop the viewer
-                        logger.exception("rendering for visitor %d failed", client.client_id)
+            rendered = [self._refresh(client) for client in self.server.get_clients().values()]
             if time.monotonic() - checked > _POLL_S:
                 checked = time.monotonic()
                 self._check_for_checkpoints()
-            if not is_busy:
+            if not any(rendered):
                 time.sleep(0.02)
 
-    def _on_connect(self, client: Any) -> None:  # noqa: ANN401 - viser's client
+    def _refresh(self, client: viser.ClientHandle) -> bool:
+        """Render for a visitor if the current rendering is outdated, and return whether it was."""
+        view = self._views.get(client.client_id)
+        height = _RESTING if view and time.monotonic() - view.moved > _REST_S else _MOVING
+        if view is None or height == view.height:
+            return False
+        view.height = height
+        try:
+            self._render(client, height)
+        except Exception:  # an invalid camera or a disconnected visitor must not stop the viewer
+            logger.exception("rendering for visitor %d failed", client.client_id)
+        return True
+
+    def _on_connect(self, client: viser.ClientHandle) -> None:
         distance = self.scene.camera.distance
         client.camera.position = (0.8 * distance, -1.5 * distance, 0.8 * distance)
         client.camera.look_at = (0.0, 0.0, 0.0)
         client.camera.fov = float(np.radians(self.scene.camera.fov_deg))
         view = self._views[client.client_id] = ClientView()
 
-        def on_move(_: Any) -> None:  # noqa: ANN401 - viser's camera
+        def on_move(_: viser.CameraHandle) -> None:
             view.moved, view.height = time.monotonic(), 0
 
         client.camera.on_update(on_move)
 
     @torch.no_grad()
-    def _render(self, client: Any, height: int) -> None:  # noqa: ANN401 - viser's client
+    def _render(self, client: viser.ClientHandle, height: int) -> None:
         camera = client.camera
         c2w = torch.eye(4)
         c2w[:3, :3] = torch.from_numpy(Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix()).float()
@@ -175,7 +175,7 @@ class Viewer:
             self.object.value = name
             if self._show_object():
                 return
-        raise InputError(f"No object can be read. The last one: {self.state.content}")
+        raise InputError(f"No object can be read. The last error: {self.state.content}")
 
     def _show_object(self) -> bool:
         """Reconstruct the selected object from the selected view, and show the result.
@@ -199,7 +199,7 @@ class Viewer:
             self._update_field()
             self._show_frusta()
         step = "" if self.pipeline.step is None else f", step {self.pipeline.step}"
-        self.state.content = f"{Path(self.pipeline.source).name}{step}"
+        self.state.content = f"{self._loaded}{step}"
         return True
 
     def _update_field(self) -> None:
@@ -238,33 +238,30 @@ class Viewer:
                 )
                 self._frusta.append(frustum)
 
-    def _run_checkpoints(self) -> list[str]:
-        return [Path(path).name for path in list_checkpoints(str(Path(self.pipeline.source).parent))]
+    @property
+    def _loaded(self) -> str:
+        """Name of the loaded checkpoint."""
+        return Path(self.pipeline.source).name
 
     def _checkpoints(self) -> tuple[str, ...]:
-        """Return the names of the run's checkpoints and of the current checkpoint, which may have been deleted."""
-        return tuple(sorted({*self._run_checkpoints(), Path(self.pipeline.source).name}))
-
-    def _newest(self) -> str:
-        """Return the name of the run's newest checkpoint, or of the current checkpoint if the run has none."""
-        return max(self._run_checkpoints(), default=Path(self.pipeline.source).name)
+        """Return the names of the run's checkpoints, newest first, and of the loaded checkpoint if it was deleted."""
+        saved = [Path(path).name for path in list_checkpoints(str(Path(self.pipeline.source).parent))]
+        return tuple(dict.fromkeys([*saved, self._loaded]))
 
     def _check_for_checkpoints(self) -> None:
         names = self._checkpoints()
         if names != tuple(self.checkpoint.options):
             self.checkpoint.options = names
-        newest = self._newest()
-        if self.follow.value and newest != Path(self.pipeline.source).name:
-            self.checkpoint.value = newest
-            self._load(newest)
+        if self.follow.value and names[0] != self._loaded:
+            self.checkpoint.value = names[0]
+            self._load(names[0])
 
-    def _on_checkpoint(self, event: Any) -> None:  # noqa: ANN401 - viser's event
+    def _on_checkpoint(self, event: viser.GuiEvent) -> None:
         """Load the checkpoint that a visitor selected, and stop following the run if it is not the newest one."""
-        if event.client_id is None:
-            return
-        if self.checkpoint.value != self._newest():
-            self.follow.value = False
-        self._load(self.checkpoint.value)
+        if event.client_id is not None:
+            if self.checkpoint.value != self._checkpoints()[0]:
+                self.follow.value = False
+            self._load(self.checkpoint.value)
 
     def _load(self, name: str) -> None:
         """Load the weights of the checkpoint with the given name, unless they are already loaded."""
@@ -289,21 +286,15 @@ def _cosines(fxfycxcy: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (1 + y[:, None] ** 2 + x**2).rsqrt()
 
 
-def wait_for_checkpoint(run: str) -> None:
-    """Wait until a run that has started has saved a checkpoint."""
-    if not is_local(run):
-        return
+def has_no_checkpoint(run: str) -> bool:
+    """Return whether a local run has started but has not saved a checkpoint yet."""
     folder = Path(run).expanduser()
-    checkpoints = str(folder / "checkpoints")
-    if (
-        not (folder / CONFIG_NAME).is_file()
-        or (folder / WEIGHTS_NAME).is_file()
-        or list_checkpoints(checkpoints)
-    ):
-        return
-    print(f"Waiting for the first checkpoint of {run}; press Ctrl-C to stop", flush=True)
-    while not list_checkpoints(checkpoints):
-        time.sleep(_POLL_S)
+    return (
+        is_local(run)
+        and (folder / CONFIG_NAME).is_file()
+        and not (folder / WEIGHTS_NAME).is_file()
+        and not list_checkpoints(str(folder / "checkpoints"))
+    )
 
 
 def find_data(run: str) -> str:
@@ -318,22 +309,14 @@ def find_data(run: str) -> str:
 
 def _list_objects(data: str) -> dict[str, tuple[EvaluationDataset, Any]]:
     """Return the objects that can be selected, by name. Held-out objects come first."""
-    if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
-        raise InputError(
-            expected=f"finished shards in {data}",
-            found="none",
-            remedy="give the folder of the run's shards: --data FOLDER (relative to the current folder)",
-        )
     found = dict[str, tuple[EvaluationDataset, Any]]()
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
-        try:
+        with contextlib.suppress(NoObjectsError):
             dataset = EvaluationDataset(data, split, limit=_OBJECTS)
-        except NoObjectsError:
-            continue
-        found |= {f"{split}: {key}": (dataset, location) for key, location in dataset.samples}
+            found |= {f"{split}: {key}": (dataset, location) for key, location in dataset.samples}
     if not found:
         raise InputError(
-            expected=f"objects in {data}", found="none", remedy="render some, or give other shards: --data"
+            subject=data, expected="objects", found="none", remedy="give other shards with --data FOLDER"
         )
     return found
