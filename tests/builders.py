@@ -36,7 +36,7 @@ TINY = {
     "seed_everything": 0,
     "model": {
         "lrm": {
-            "encoder": {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": True},
+            "encoder": {"name": "test_vit", "image_size": 32, "frozen": True},
             "decoder": {"channels": 4, "width": 8, "layers": 3},
             "dim": 16,
             "depth": 1,
@@ -59,7 +59,11 @@ TINY = {
 }
 
 #: The ``model`` section of ``tiny_pretrained``.
-TINY_MODEL = {"lrm": TINY["model"]["lrm"], "renderer": {"samples_per_ray": 16}}
+TINY_MODEL = {
+    "lrm": TINY["model"]["lrm"]
+    | {"encoder": {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": True}},
+    "renderer": {"samples_per_ray": 16},
+}
 TINY_FRAMING = InputFraming(distance=2.5, fov_deg=45.0, foreground=0.7)
 
 

@@ -75,18 +75,17 @@ def sbatch_command(
         mounts: Folders to mount in the container, in addition to the working folder, the runs and the cache.
         options: Values of other long options of sbatch, such as ``partition``. Empty values are omitted.
     """
-    resources: dict[str, str | int] = {
+    sbatch_options: dict[str, str | int] = {
         "job-name": slurm.checked("name", launch.run.name),
         "nodes": launch.nodes,
         "ntasks-per-node": launch.processes,
         "cpus-per-task": cpus,
         "gres": f"gpu:{launch.gpus}" if launch.gpus else "",
+        **options,
         "output": f"{launch.run.as_posix()}/slurm-%j.log",
     }
     step = slurm.container_options(container, [*mounts, launch.run.parent, cache])
-    return slurm.sbatch_command(
-        JOB_SCRIPT, resources | options, [str(launch.run), str(cache), *step, *program]
-    )
+    return slurm.sbatch_command(JOB_SCRIPT, sbatch_options, [str(launch.run), str(cache), *step, *program])
 
 
 def torchrun_command(launch: Launch, *rendezvous: str) -> list[str]:

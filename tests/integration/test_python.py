@@ -278,7 +278,7 @@ def test_a_run_that_early_stopping_ended_is_not_continued(fit, caplog):
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):
     caplog.set_level("INFO")
     module, trainer, _ = fit(2)
-    assert "The encoder vit_small_patch14_dinov2 starts from random weights" in caplog.text
+    assert "The encoder test_vit starts from random weights" in caplog.text
     data = trainer.datamodule
     data.workers = 0
     plain = L.Trainer(
@@ -340,7 +340,9 @@ def test_missing_trainers_and_missing_modules_are_reported(fit, tmp_path, shards
 def test_the_script_of_the_readme_trains(root, shards, tmp_path, monkeypatch, capsys):
     text = (root / "lrm_pl/README.md").read_text()
     script = re.search(r"## From Python\n\n```python\n(.*?)```", text, re.DOTALL)[1]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY["model"]))
+    encoder = {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": True}
+    model = TINY["model"] | {"lrm": TINY["model"]["lrm"] | {"encoder": encoder}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(model))
     less = {
         "configs/model/small.yaml": str(tmp_path / "tiny.yaml"),
         '"dinov2_vits14"': '"dinov2_vits14", source="pypi"',

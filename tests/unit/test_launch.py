@@ -205,7 +205,7 @@ def group(checkout, root):
         (
             "os.write(2, b'lrm: expected this, but found that\\n'); sys.exit(1)",
             1,
-            "lrm: expected this, but found that\n" * 2,
+            "lrm: expected this, but found that\n",
         ),
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was terminated by signal 9\n"),
     ],
@@ -219,7 +219,8 @@ def test_the_launcher_prints_no_traceback_after_the_messages_of_its_processes(
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == status, printed
     assert not list((tmp_path / "temporary").iterdir()), "no temporary files remain"
-    assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
+    # The launcher may stop the other process before that process prints its message.
+    assert set(printed.replace("process 1", "process 0").splitlines()) == set(said.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_two_runs_launched_in_the_same_second_have_different_folders(no_slurm, c
         ),
         (["--gpus=2", "--strategy=../../x"], "expected STRATEGY to be one of"),
         (["--gpus=2", "-c", "none.yaml"], "expected a config file at none.yaml, but found none"),
-        (["--nodes=2", "--gpus=0", "--master=first;id"], "expected MASTER"),
+        (["--nodes=2", "--gpus=0", "--master=first;id"], "for MASTER, but found 'first;id'"),
     ],
 )
 def test_invalid_options_are_rejected(no_slurm, arguments, message):
