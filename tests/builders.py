@@ -17,7 +17,7 @@ from skimage.measure import marching_cubes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_tools.rendering.settings import RenderSettings
-from lrm_pl.cluster.job import Launch, sbatch_command
+from lrm_pl.cluster.launch import Launch, sbatch_command
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.data.manifest import read_index, read_manifest

@@ -3,16 +3,17 @@
 import argparse
 import contextlib
 import enum
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import jsonargparse
 import yaml
-from jsonargparse import Namespace, set_loader
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 
-from lrm_pl.cli.unique_keys import load_yaml
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local
 from lrm_pl.training.run_folder import find_run_folder
@@ -22,13 +23,56 @@ BASE = Path(__file__).with_name("base.yaml")
 
 #: Options of the argument parser. The parser mode resolves ${...} after all layers are merged.
 PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
-set_loader("omegaconf+", load_yaml, (yaml.YAMLError,))
-
-# Defaults of classes, such as Lightning's Timer, may be enum members, which PyYAML cannot write.
-yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 #: Maps each option that names a custom class to the name of the base class, which is used in help texts.
 OWN_CLASSES = {"model_class": "LRMModule", "data_class": "ShardDataModule"}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that raises an ``InputError`` if a mapping contains a key twice.
+
+    Attributes:
+        subject: Name of the loaded text in error messages.
+    """
+
+    subject: str
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Compose a mapping and check its keys."""
+        node = super().compose_mapping_node(anchor)
+        keys: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            first = keys.setdefault(key.value, key) if isinstance(key, yaml.ScalarNode) else key
+            if first is not key:
+                raise InputError(
+                    subject=self.subject,
+                    expected="each key once",
+                    found=f"{key.value} on line {key.start_mark.line + 1} and on line {first.start_mark.line + 1}",
+                    remedy="merge the two entries",
+                )
+        return node
+
+
+def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN401 - any YAML value
+    """Load YAML as jsonargparse does.
+
+    Args:
+        text: The YAML text.
+        path: Path of the file for error messages. jsonargparse does not pass the path of a section's file.
+
+    Raises:
+        InputError: A mapping contains a key twice.
+    """
+    loader = _UniqueKeyLoader(text)
+    loader.subject = os.path.abspath(path) if path else "the file of a section, or an option"
+    loader.get_single_node()
+    return jsonargparse.get_loader("yaml")(text)
+
+
+jsonargparse.set_loader("omegaconf+", load_yaml, (yaml.YAMLError,))
+
+# Defaults of classes, such as Lightning's Timer, may be enum members, which PyYAML cannot write.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def peek(arguments: Sequence[str], *names: str) -> dict[str, Any]:

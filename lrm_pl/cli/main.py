@@ -3,17 +3,21 @@
 import atexit
 import errno
 import logging
+import shlex
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lrm_pl.cli.arguments import peek, run_config_arguments
 from lrm_pl.cli.lightning_cli import LRMCLI, Command, one_line
-from lrm_pl.cli.out_of_memory import is_out_of_memory, out_of_memory_message
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import num_visible_gpus
+from lrm_pl.planning.gpus import gpu_of_name
 from lrm_pl.planning.memory import memory_of_libraries
 from lrm_pl.training.checkpointing import NO_SPACE_ERRORS, StoppedError
 from lrm_pl.training.processes import wait_for_gloo_threads
@@ -26,6 +30,9 @@ _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 #: Substrings of the PyTorch error messages that indicate that /dev/shm is full.
 _SHARED_MEMORY_MESSAGES = ("unable to allocate shared memory", "out of shared memory")
+
+#: Substrings of the messages of out-of-memory errors that are plain ``RuntimeError`` exceptions.
+_MEMORY_MESSAGES = ("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
 
 #: Patterns of warnings that do not apply to this project.
 _IGNORED_WARNINGS = (
@@ -118,3 +125,32 @@ def _report_unless_disk_full(args: threading.ExceptHookArgs) -> None:
     """
     if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE_ERRORS):
         threading.__excepthook__(args)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports that a GPU, PyTorch's CPU allocator or Python is out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_MESSAGES)
+    )
+
+
+def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str:
+    """Return the message for an out-of-memory error, including the command that lists settings with less memory use.
+
+    Args:
+        error: The error.
+        arguments: Arguments of ``lrm fit``.
+    """
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    command = ["lrm", "estimate", "--less-memory", *_gpu_options(), *arguments]
+    return (
+        f"out of memory: {first_line}\nTo list settings that need less memory, run:\n  {shlex.join(command)}"
+    )
+
+
+def _gpu_options() -> list[str]:
+    if not num_visible_gpus():
+        return []
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    gpu = gpu_of_name(torch.cuda.get_device_name())
+    return ["--gpus", str(processes), *(["--gpu", gpu.name] if gpu else [])]

@@ -14,9 +14,10 @@ from lrm_pl.checkpoints import (
     require_ownership,
     require_writable,
 )
-from lrm_pl.cli.weights import WeightsConfig, initialize_network, loss_network, metric_network
+from lrm_pl.cli.weights import WeightsConfig, load_encoder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
+from lrm_pl.inference.model_folder import load_weights
 from lrm_pl.losses.perceptual import PerceptualLoss, require_measurable
 from lrm_pl.models.lrm import LRM
 from lrm_pl.storage import is_local
@@ -24,6 +25,7 @@ from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_folder import RunConfig, RunLock, create_run_folder, drop_logs_after, run_path
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +59,18 @@ def prepare(
     if training:
         data.train_dataloader()  # checks the data and the partition of batches into processes
     data.mixture.require_usable(module.renderer.bounds)
-    if training:
-        initialize_network(module.lrm, weights)
+    if training and weights.network is not None:
+        load_weights(module.lrm, Path(weights.network).expanduser())
+    elif training and weights.pretrained:
+        module.lrm.encoder.load_pretrained(load_encoder(module.lrm.encoder.name, weights))
     device = trainer.strategy.root_device
     if module.objective.lpips:
         require_measurable(min(crop.size for crop in data.augmentation.crops))
-        module.objective.perceptual = loss_network(weights).to(device)
-    metric = metric_network(weights).to(device)
+        vgg = pretrained_perceptual_loss("vgg", source=weights.source, **vars(weights.lpips_vgg))
+        module.objective.perceptual = vgg.to(device)
+    # The authors of LPIPS recommend measuring with a different network than the one used for training. AlexNet is also
+    # 20 times faster than VGG16.
+    metric = pretrained_perceptual_loss("alex", source=weights.source, **vars(weights.lpips_alex)).to(device)
     for callback in callbacks_of(trainer, ImageMetricsLogger):
         callback.perceptual = metric
     return metric

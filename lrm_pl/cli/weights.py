@@ -1,21 +1,16 @@
-"""Section ``weights`` of the config, and functions that load the networks that it describes."""
+"""Section ``weights`` of the config, and the weights of the encoder that it describes."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from lrm_pl.errors import InputError
-from lrm_pl.inference.model_folder import load_weights
-from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.models.lrm import LRM
 from lrm_pl.weights.encoders import (
     TIMM_NAMES,
     EncoderName,
     load_encoder_file,
     load_encoder_from_hub,
     load_encoder_state,
-    pretrained_perceptual_loss,
 )
 from lrm_pl.weights.resolve import WeightSource
 
@@ -58,34 +53,17 @@ class WeightsConfig:
     lpips_alex: WeightsFile = dataclasses.field(default_factory=WeightsFile)
 
 
-def initialize_network(lrm: LRM, weights: WeightsConfig) -> None:
-    """Load the initial weights of the whole network or of the encoder into ``lrm``."""
-    if weights.network is not None:
-        load_weights(lrm, Path(weights.network).expanduser())
-    elif weights.pretrained:
-        lrm.encoder.load_pretrained(_encoder_state(lrm.encoder.name, weights))
-
-
-def loss_network(weights: WeightsConfig) -> PerceptualLoss:
-    """Load the network of the LPIPS loss (VGG16)."""
-    return pretrained_perceptual_loss("vgg", source=weights.source, **vars(weights.lpips_vgg))
-
-
-def metric_network(weights: WeightsConfig) -> PerceptualLoss:
-    """Load the network of the LPIPS metric (AlexNet).
-
-    The authors of LPIPS recommend measuring with a different network than the one used for training. AlexNet is also
-    20 times faster than VGG16.
-    """
-    return pretrained_perceptual_loss("alex", source=weights.source, **vars(weights.lpips_alex))
-
-
 def catalog_name(timm_name: str) -> EncoderName | None:
     """Return the name of an encoder's weights in ``weights.catalog``, or None if the catalog does not list them."""
     return next((name for name, known in TIMM_NAMES.items() if known == timm_name), None)
 
 
-def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
+def load_encoder(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
+    """Return the pretrained state dict of an encoder.
+
+    Raises:
+        InputError: The config contains no source for the weights of this encoder.
+    """
     file = weights.encoder
     if (name := catalog_name(timm_name)) is not None:
         return load_encoder_state(name, source=weights.source, **vars(file))
@@ -96,7 +74,7 @@ def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Te
             expected=f"weights of {timm_name} from the Hugging Face Hub, or a file and its hash",
             found=f"--weights.source {weights.source} and --weights.encoder.path {file.path}",
             remedy=(
-                "give --weights.source any, or both --weights.encoder.path FILE and --weights.encoder.sha256 HEX"
+                "use --weights.source any, or both --weights.encoder.path FILE and --weights.encoder.sha256 HEX"
             ),
         )
     return load_encoder_from_hub(timm_name)

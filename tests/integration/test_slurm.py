@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.cluster import slurm
-from lrm_pl.cluster.job import Launch, sbatch_command
+from lrm_pl.cluster.launch import Launch, sbatch_command
 from lrm_pl.weights.resolve import cache_folder
 from tests.builders import TINY
 from tests.servers.slurm import idle_nodes

@@ -253,15 +253,6 @@ def test_too_few_gpus_are_reported(requirements):
     assert "GPUS=0" in finding.remedy
 
 
-def test_an_occupied_port_is_reported():
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        number = other.getsockname()[1]
-        assert machine.port(number).verdict == "missing"
-    assert machine.port(0).verdict == "ok"
-
-
 def test_little_shared_memory_is_a_warning_only_with_data_workers():
     assert machine.shared_memory_of(64 << 20, 2).verdict == "warning"
     assert machine.shared_memory_of(64 << 20, 0).verdict == "ok"

@@ -13,8 +13,7 @@ import pytest
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.cluster import slurm
-from lrm_pl.cluster.job import node_command
-from lrm_pl.cluster.launch import main
+from lrm_pl.cluster.launch import main, node_command
 from tests.builders import a_launch, run_job
 
 

@@ -1,9 +1,8 @@
-"""Checks of the CPUs, GPUs, collectives, shared memory, open files and ports of a node."""
+"""Checks of the CPUs, GPUs, collectives, shared memory and open files of a node."""
 
 import os
 import resource
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -95,21 +94,6 @@ def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     remedy = f"raise the limit with `ulimit -n 1024` (the hard limit is {hard})"
     return Finding("open files", f"at most {soft}", warning=remedy if 0 <= soft < 1024 else "")
-
-
-def port(number: int) -> Finding:
-    """Check that a port is free for the rendezvous of one node's processes.
-
-    Args:
-        number: Number of the port. If 0, the operating system chooses a free port.
-    """
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", number))
-        except OSError as error:
-            remedy = "choose another port with MASTER_PORT, or stop the process that uses it (ss -ltnp)"
-            return Finding("port", f"{number}: {error.strerror}", remedy)
-    return Finding("port", f"{number} is free" if number else "a free port is available")
 
 
 def _driver() -> str:

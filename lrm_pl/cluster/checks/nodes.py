@@ -93,7 +93,7 @@ def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[tuple[
     except InputError as error:
         findings.append(Finding.from_error("config", error))
     if not is_srun_task():
-        findings += [] if run is None else [*check_node(run), machine.port(0), *_unchecked_nodes(run)]
+        findings += [] if run is None else [*check_node(run), *_unchecked_nodes(run)]
         return merge_findings({"": findings})
     try:
         exchange = NodeExchange()
