@@ -1,4 +1,4 @@
-"""`lrm estimate`, compared with real runs, and the message of runs out of memory."""
+"""Tests of `lrm estimate` in comparison with runs, and of the message for out-of-memory errors."""
 
 import csv
 import dataclasses
@@ -67,8 +67,8 @@ def peak_in_training(folder):
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(middle, shards, tmp_path):
-    # In a new process, since the memory of Python and its libraries is part of the estimate.
+def test_the_estimated_memory_of_a_run_is_accurate_to_15_percent(middle, shards, tmp_path):
+    # A new process is required because the memory of Python and the libraries is part of the estimate.
     said = subprocess.run(
         [sys.executable, "-m", "lrm_pl", "estimate", middle],
         capture_output=True,
@@ -83,7 +83,7 @@ def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(middle, shards,
 
 
 @pytest.mark.slow
-def test_a_run_out_of_memory_names_the_command_that_lists_smaller_settings(middle, shards, tmp_path, capsys):
+def test_an_out_of_memory_error_prints_the_estimate_command(middle, shards, tmp_path, capsys):
     arguments = ["-c", middle, "--data.folder", str(shards), "--data.batch_size", "4"]
     done = fit([*arguments, "--run.folder", str(tmp_path / "run")], limit=2_200_000_000)
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_a_run_out_of_memory_names_the_command_that_lists_smaller_settings(middl
     assert "--trainer.accumulate_grad_batches=2" in [option for option, _, _ in remedies]
 
 
-def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_take(middle, capsys):
+def test_an_estimate_for_many_gpus_recommends_a_strategy(middle, capsys):
     estimate(
         [middle, *SHALLOW, "--gpus", "8", "--gpus-per-node", "4", "--every-rank", "--data.batch_size", "16"]
     )
@@ -120,7 +120,7 @@ def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_
     assert re.search(r"│ +[\d.]+-[\d.]+ │ +[\d.]+(-[\d.]+)? │ +[\d.]+-[\d.]+ (s|min|h) │$", row)
 
 
-def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
+def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
     estimate([middle])
     said = capsys.readouterr().out
     forward = {
@@ -154,7 +154,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
         ),
     ],
 )
-def test_what_cannot_be_estimated_is_refused_with_a_remedy(middle, arguments, message):
+def test_invalid_arguments_are_rejected_with_a_remedy(middle, arguments, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         estimate([middle, *arguments])
 
@@ -162,21 +162,21 @@ def test_what_cannot_be_estimated_is_refused_with_a_remedy(middle, arguments, me
 @pytest.mark.parametrize(
     ("precision", "optimizer"), [("bf16-mixed", "Fused AdamW"), ("16-mixed", "Foreach AdamW")]
 )
-def test_a_fused_optimizer_is_priced_only_where_it_is_used(middle, capsys, precision, optimizer):
+def test_the_fused_optimizer_is_estimated_only_if_the_run_uses_it(middle, capsys, precision, optimizer):
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "4090", "--trainer.precision", precision])
     said = capsys.readouterr().out
     assert optimizer in said
     assert "1 x GeForce RTX 4090 in 1 node;" in said
 
 
-def test_rays_that_hit_are_those_of_the_data_that_is_there(middle, shards, capsys):
+def test_the_fraction_of_hit_rays_is_measured_on_available_data(middle, shards, capsys):
     estimate([middle, *SHALLOW, "--data.folder", str(shards)])
     said = capsys.readouterr().out
     assert "(cameras of 4 training objects)" in said
-    assert said.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on a CPU too"
+    assert said.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on CPUs, too"
 
 
-def test_a_gpu_too_small_is_told_what_would_help(middle, capsys, monkeypatch):
+def test_settings_with_less_memory_are_listed_for_a_small_gpu(middle, capsys, monkeypatch):
     small = dataclasses.replace(require_gpu("l4"), memory=0.7e9)
     monkeypatch.setattr("lrm_pl.apps.estimate.require_gpu", lambda _: small)
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "l4"])

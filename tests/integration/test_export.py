@@ -1,4 +1,4 @@
-"""Exports of checkpoints: weights bit for bit, model cards, refusals."""
+"""Tests of exported weights and model cards."""
 
 import os
 
@@ -17,9 +17,7 @@ from tests.integration.checkpoint_runs import AVERAGE, keeper, read, same
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_network_of_its_config(
-    fit, tmp_path, capsys
-):
+def test_exported_weights_equal_the_checkpoint_and_load_strictly(fit, tmp_path, capsys):
     folder = fit("run", 2, keeper(), AVERAGE)
     checkpoint = ck.newest_checkpoint(f"{folder}/checkpoints", print)
     tensors = read(checkpoint)
@@ -65,7 +63,7 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     cli.model.lrm.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"), strict=True)
 
 
-def test_a_card_says_what_the_report_measured_of_the_exported_weights_and_of_no_others(fit, tmp_path):
+def test_the_model_card_contains_the_metrics_of_the_exported_weights_only(fit, tmp_path):
     folder = fit("run", 2, keeper(every=1), AVERAGE)
     for name, arguments, scores in (
         ("last", [str(folder)], 2),
@@ -76,7 +74,7 @@ def test_a_card_says_what_the_report_measured_of_the_exported_weights_and_of_no_
         assert (tmp_path / name / "README.md").read_text().count(" views | PSNR ") == scores
 
 
-def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
+def test_an_invalid_export_is_rejected_and_writes_nothing(fit, tmp_path):
     folder = fit("run", 2, keeper())
     out = tmp_path / "out"
     (tmp_path / "weights.pth").touch()

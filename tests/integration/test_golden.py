@@ -1,4 +1,4 @@
-"""The demo's first steps, with its real weights, have the losses they always had: what moves one is a change."""
+"""Comparison of the losses in the first steps of the demo with golden values."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ NORM = 5e-3
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("default")
-def test_the_demos_first_steps_have_the_losses_of_the_golden_file(root, tmp_path):
+def test_the_first_steps_of_the_demo_match_the_golden_losses(root, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=16, val=2, views=16, resolution=64, shard_size=8)
     cli = LRMCLI("fit", [
         "-c", str(root / "configs/experiment/demo.yaml"), "-c", str(root / "configs/trainer/cpu.yaml"),

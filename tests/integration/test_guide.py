@@ -1,4 +1,4 @@
-"""Every command of the README, as it is printed, on four meshes and with less of everything."""
+"""Every command of the README, on four meshes and with smaller settings."""
 
 import os
 import re

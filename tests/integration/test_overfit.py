@@ -1,4 +1,4 @@
-"""One real object learned by heart, from mesh to image: if this holds, rendering, shards, cameras and model agree."""
+"""Overfitting of one rendered object, which tests rendering, shards, cameras and the model together."""
 
 import shutil
 import time
@@ -18,7 +18,7 @@ OBJECT = "lockedLocker"
 @pytest.mark.blender
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")
-def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_command):
+def test_overfitting_one_object_reaches_27_db_in_three_minutes(root, tmp_path, render_command):
     assets = tmp_path / "assets"
     assets.mkdir()
     shutil.copy(root / "data_tools" / "demo_assets" / f"{OBJECT}.glb", assets)

@@ -1,4 +1,4 @@
-"""Signals, closed terminals and full disks: how a run ends."""
+"""Handling of signals, closed terminals and full disks."""
 
 import contextlib
 import errno
@@ -22,18 +22,18 @@ from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-class Told(L.Callback):
+class SignalAfterTraining(L.Callback):
     """Send SIGUSR1 to this process after training, before the report."""
 
     def on_fit_end(self, trainer, pl_module):
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-class Mistaken(L.Callback):
+class Failing(L.Callback):
     """Raise an error during training."""
 
     def on_train_batch_end(self, *arguments):
-        raise ArithmeticError("a mistake in a callback")
+        raise ArithmeticError("an error in a callback")
 
 
 class FullDisk(L.Callback):
@@ -44,7 +44,7 @@ class FullDisk(L.Callback):
             file.write("anything")
 
 
-def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_from_it(here, tmp_path):
     """The signal goes to the process group, including workers, as from a terminal."""
     command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=2"]
     process = subprocess.Popen(
@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
     assert line.trainer.callback_metrics["val/heldout/psnr_pooled"] > 0
 
 
-def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tmp_path):
+def test_closing_the_terminal_saves_a_checkpoint(here, tmp_path):
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=1"]
 
@@ -101,7 +101,7 @@ def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tm
     assert list_checkpoints(str(tmp_path / "run/checkpoints"))
 
 
-def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
+def test_sighup_is_ignored_under_nohup(monkeypatch):
     signals, trainer = StopSignals(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -115,7 +115,7 @@ def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
-def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
+def test_a_second_signal_raises_keyboard_interrupt(first):
     before = signal.getsignal(signal.SIGINT)
     signals = StopSignals()
     signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
@@ -132,27 +132,27 @@ def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
 
 
 @pytest.mark.timeout(60)
-def test_an_error_ends_a_run_that_has_data_workers(here):
-    with pytest.raises(ArithmeticError, match="a mistake in a callback"):
+def test_an_error_ends_a_run_with_data_workers(here):
+    with pytest.raises(ArithmeticError, match="an error in a callback"):
         main(
             [
                 "fit",
                 *here,
                 "--run.folder=run",
                 "--data.workers=2",
-                f"--trainer.callbacks+={__name__}.Mistaken",
+                f"--trainer.callbacks+={__name__}.Failing",
             ]
         )
 
 
-def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
+def test_a_full_disk_ends_the_run_with_one_message(here):
     with pytest.raises(
         SystemExit, match=r"^lrm: no space left .*No space left on device.*again with --run.folder"
     ):
         main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.FullDisk"])
 
 
-def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
+def test_a_closed_pipe_does_not_change_the_exit_status(root):
     code = "import sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
     code += "print('begun', flush=True); sys.stdin.read(1); print('more'); sys.stderr.write('stopped'); sys.exit(75)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -165,7 +165,7 @@ def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
             assert process.wait(60) == 75
 
 
-def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
+def test_output_to_a_closed_stdout_is_discarded(root, tmp_path):
     code = "import os, sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
     code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
@@ -173,7 +173,7 @@ def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
+def test_a_read_only_folder_ends_the_run_with_one_message(here, monkeypatch):
     def read_only(path, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, mon
         main(["fit", *here])
 
 
-def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
+def test_a_requeue_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv(REQUEUE_NOTE, str(tmp_path / "gone" / "note"))
     signals = StopSignals()
     signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
@@ -192,12 +192,12 @@ def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_pat
     assert "will not be requeued" in caplog.text
 
 
-def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):
+def test_a_signal_during_the_report_exits_with_the_status_of_a_stopped_run(here, capsys):
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
+        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.SignalAfterTraining"])
     assert stopped.value.code == 75
     said = capsys.readouterr().err
     assert "a signal stopped the report after the last step. The checkpoint is " in said
-    assert "Start the same command with --run.folder" in said
+    assert "To print the report, start the same command with --run.folder" in said
     assert signal.getsignal(signal.SIGUSR1) is before
