@@ -6,8 +6,8 @@ is identified by a path in the assets folder or by a URL, from which the rendere
 
 import dataclasses
 import hashlib
+import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -143,49 +143,35 @@ def read_list(folder: Path) -> tuple[Asset, ...]:
     path = folder / LIST_NAME
     remedy = "write the list again with `python -m data_tools fetch`"
     try:
-        table = pyarrow.parquet.read_table(path, memory_map=False)
+        # Missing columns are filled with null values.
+        table = pyarrow.parquet.read_table(path, schema=LIST_SCHEMA, memory_map=False)
     except (OSError, pyarrow.ArrowException) as error:
-        raise AssetsError(subject=path, expected="a Parquet file", found=error, remedy=remedy) from error
-    if table.schema.names != LIST_SCHEMA.names or any(column.null_count for column in table.columns):
-        raise AssetsError(
-            subject=path,
-            expected=f"the columns {', '.join(LIST_SCHEMA.names)} without null values",
-            found=", ".join(table.schema.names),
-            remedy=remedy,
-        )
-    try:
-        rows = table.cast(LIST_SCHEMA).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise AssetsError(subject=path, expected="text columns", found=error, remedy=remedy) from error
-    assets = sorted((Asset(**row | {"tags": tuple(row["tags"])}) for row in rows), key=lambda asset: asset.id)
+        raise AssetsError("a Parquet file with text columns", error, remedy, path) from error
+    if incomplete := [name for name in table.schema.names if table[name].null_count]:
+        expected = f"the columns {', '.join(LIST_SCHEMA.names)} without missing values"
+        raise AssetsError(expected, f"missing values in {incomplete[0]}", remedy, path)
+    rows = sorted(table.to_pylist(), key=lambda row: row["id"])
+    assets = tuple(Asset(**row | {"tags": tuple(row["tags"])}) for row in rows)
     if not assets:
-        raise AssetsError(subject=path, expected="at least one asset", found="none", remedy=remedy)
-    repeated = [key for key, count in Counter(asset.id for asset in assets).items() if count > 1]
-    if repeated:
-        raise AssetsError(subject=path, expected="unique ids", found=f"{repeated[0]!r} twice", remedy=remedy)
+        raise AssetsError("at least one asset", "none", remedy, path)
+    for asset, following in itertools.pairwise(assets):
+        if asset.id == following.id:
+            raise AssetsError("unique ids", f"{asset.id!r} twice", remedy, path)
     for asset in assets:
-        _validate(path, asset, remedy)
-    return tuple(assets)
+        _validate(asset, f"{path}: asset {asset.id!r}", remedy)
+    return assets
 
 
-def _validate(path: Path, asset: Asset, remedy: str) -> None:
+def _validate(asset: Asset, where: str, remedy: str) -> None:
+    is_mesh = asset.file.lower().endswith(MESH_SUFFIXES)
+    is_outside = asset.file.startswith("/") or ".." in asset.file.split("/")
     for expected, valid, found in (
         ("an id of letters, digits, '_' and '-'", KEY_PATTERN.fullmatch(asset.id), asset.id),
-        (
-            f"a file name that ends in one of {MESH_FORMATS}",
-            asset.file.lower().endswith(MESH_SUFFIXES),
-            asset.file,
-        ),
-        (
-            "a path inside the folder or a URL",
-            asset.is_remote or not (asset.file.startswith("/") or ".." in asset.file.split("/")),
-            asset.file,
-        ),
+        (f"a file name that ends in one of {MESH_FORMATS}", is_mesh, asset.file),
+        ("a path inside the folder or a URL", asset.is_remote or not is_outside, asset.file),
         ("a sha256 or an empty string", SHA256_PATTERN.fullmatch(asset.sha256), asset.sha256),
         ('the split "train", "val" or ""', asset.split in ("", "train", "val"), asset.split),
         ('the up axis "y", "z" or ""', asset.up in get_args(UpAxis), asset.up),
     ):
         if not valid:
-            raise AssetsError(
-                subject=f"{path}: asset {asset.id!r}", expected=expected, found=f"{found!r}", remedy=remedy
-            )
+            raise AssetsError(expected, repr(found), remedy, where)

@@ -12,20 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.assets.furniture_package import (
-    LIBRARIES,
-    PACKAGE,
-    VERSION,
-    Model,
-    open_package,
-    read_catalog,
-    read_license,
-)
+from data_tools.assets import furniture_package
 from data_tools.assets.scan import TABLE_COLUMNS, TABLE_NAME
 from lrm_pl.paths import hash_file
 
 LIBRARY = "BlendSwap-CC-0"
-SOURCE = f"{LIBRARY} of the Debian package {PACKAGE} {VERSION}"
+SOURCE = f"{LIBRARY} of the Debian package {furniture_package.PACKAGE} {furniture_package.VERSION}"
 
 OBJECTS = tuple(
     "JapaneseLantern ammoBox antiqueChair armchair augalas bedsideTable2 bootie box bread caballito "
@@ -58,14 +50,14 @@ def make_demo_assets(package: Path, out: Path) -> None:
     Raises:
         PackageError: The package is missing or not the expected version.
     """
-    with open_package(package) as folder, tempfile.TemporaryDirectory() as name:
+    with furniture_package.open_package(package) as folder, tempfile.TemporaryDirectory() as name:
         out.mkdir(parents=True, exist_ok=True)
         library, scratch = folder / f"{LIBRARY}.sh3f", Path(name)
-        catalog = read_catalog(library)
+        catalog = furniture_package.read_catalog(library)
         with zipfile.ZipFile(library) as archive:
             archive.extractall(scratch)
         rows = [_convert(catalog[key], scratch, out) for key in tqdm(OBJECTS, unit="object")]
-        license = read_license(library)
+        license = furniture_package.read_license(library)
     with open(out / TABLE_NAME, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, TABLE_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -76,7 +68,7 @@ def make_demo_assets(package: Path, out: Path) -> None:
     print(f"{len(rows)} objects, {size / 1e6:.1f} MB, in {out}")
 
 
-def _convert(model: Model, library: Path, out: Path) -> dict[str, str]:
+def _convert(model: furniture_package.Model, library: Path, out: Path) -> dict[str, str]:
     from data_tools.blender.convert import convert_to_glb  # imports Blender, which is slow
 
     glb = out / f"{model.key}.glb"
@@ -87,6 +79,6 @@ def _convert(model: Model, library: Path, out: Path) -> dict[str, str]:
         "name": model.name,
         "creator": model.creator,
         "source": f"{model.key} in {SOURCE}",
-        "license": LIBRARIES[LIBRARY],
+        "license": furniture_package.LIBRARIES[LIBRARY],
         "sha256": hash_file(glb),
     }

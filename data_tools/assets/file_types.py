@@ -1,8 +1,6 @@
 """Detection of files whose contents do not match the suffix, such as error pages that were saved as meshes."""
 
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.assets.obj_materials import find_mtl_files
@@ -13,9 +11,13 @@ HEAD_BYTES = 4096
 
 _OBJ_WORDS = frozenset(b"mtllib usemtl v vn vt vp o g s f l p mg".split())
 
+#: Remedies in error messages.
+EXPORT_AGAIN = "export the mesh again"
+_ERROR_PAGE = "check the URL; the file may be an error page of the server"
+
 
 class FileTypeError(InputError):
-    """Raised if the contents of a file do not have the expected type."""
+    """Raised if the contents of a file do not have the expected type, size or hash."""
 
 
 def check_head(suffix: str, head: bytes, where: str) -> None:
@@ -41,46 +43,33 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         ".gz": head.startswith(b"\x1f\x8b"),
     }
     if not matches.get(file_type, True):
-        raise FileTypeError(
-            subject=where,
-            expected=file_type[1:],
-            found=f"a file that starts with {_quote(head)}",
-            remedy="check the URL; the file may be an error page of the server",
-        )
+        raise FileTypeError(file_type[1:], f"a file that starts with {_quote(head)}", _ERROR_PAGE, where)
 
 
-def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
+def check_file_type(path: Path, suffix: str, where: str) -> None:
     """Check the type of a file, and the length in the header of a GLB.
 
     Args:
         path: Path of the file.
+        suffix: Suffix of the expected type. The suffix of ``path`` can be different.
         where: Path or URL for error messages.
-        suffix: Suffix of the expected type. If None, the suffix of ``path`` is used.
 
     Raises:
         FileTypeError: The file has a different type or is truncated.
     """
-    file_type = (path.suffix if suffix is None else suffix).lower()
+    file_type = suffix.lower()
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     check_head(file_type, head, where)
-    size = path.stat().st_size
     if file_type == ".glb":
-        length = struct.unpack_from("<I", head, 8)[0] if len(head) >= 12 else 12
+        length = int.from_bytes(head[8:12], "little") if len(head) >= 12 else 12
+        size = path.stat().st_size
         if length != size:
-            raise FileTypeError(
-                subject=where,
-                expected=f"{length} bytes according to the header",
-                found=size,
-                remedy="download it again",
-            )
+            expected = f"{length} bytes according to the header"
+            raise FileTypeError(expected, size, "download it again", where)
     if file_type == ".gltf" and b'"asset"' not in path.read_bytes():
-        raise FileTypeError(
-            subject=where,
-            expected="gltf",
-            found=f"JSON without an asset field that starts with {_quote(head)}",
-            remedy="check the URL; the file may be an error page of the server",
-        )
+        found = f"JSON without an asset field that starts with {_quote(head)}"
+        raise FileTypeError("gltf", found, _ERROR_PAGE, where)
 
 
 def check_mesh_file(path: Path) -> None:
@@ -98,11 +87,7 @@ def check_mesh_file(path: Path) -> None:
     if not head.strip():
         raise FileTypeError(expected=file_type[1:], found="an empty file", remedy="download it again")
     if head.lstrip().startswith(b"<"):
-        raise FileTypeError(
-            expected=file_type[1:],
-            found=f"a file that starts with {_quote(head)}",
-            remedy="it may be an error page of a server",
-        )
+        raise FileTypeError(file_type[1:], f"a file that starts with {_quote(head)}", _ERROR_PAGE)
     _reject_utf16(path, head, file_type in (".obj", ".gltf"))
     if file_type == ".obj":
         content = path.read_bytes()
@@ -116,9 +101,7 @@ def check_mesh_file(path: Path) -> None:
 
 def _reject_utf16(path: Path, head: bytes, is_text: bool) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (is_text and b"\0" in head):
-        raise FileTypeError(
-            subject=path.name, expected="UTF-8 text", found="UTF-16 or null bytes", remedy="save it as UTF-8"
-        )
+        raise FileTypeError("UTF-8 text", "UTF-16 or null bytes", "save it as UTF-8", path.name)
 
 
 def _reject_non_finite(content: bytes, first: int) -> None:
@@ -128,30 +111,15 @@ def _reject_non_finite(content: bytes, first: int) -> None:
         content: Content of an OBJ or of an ASCII PLY.
         first: Index of the word that is the x coordinate in a line. It is 1 for an OBJ, because lines start with "v".
     """
-    for at in _candidates(content):
-        start = max(content.rfind(b"\n", 0, at), content.rfind(b"\r", 0, at)) + 1
-        line = (content[start : start + 2000].splitlines() or [b""])[0]
-        words = line.split()
+    # Searching for substrings is much faster than parsing all numbers.
+    lower, digits = content.lower(), content.translate(_DIGITS)
+    if not (any(word in lower for word in _WORDS) or b"0" * 39 in digits or _EXPONENT.search(lower)):
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        words = line[:2000].split()
         if (not first or words[:1] == [b"v"]) and any(map(_is_non_finite, words[first : first + 3])):
-            number = content.count(b"\n", 0, start) + 1
-            raise FileTypeError(
-                expected="finite float32 vertex positions",
-                found=f"{_quote(line)} in line {number}",
-                remedy="export the mesh again",
-            )
-
-
-def _candidates(content: bytes) -> Iterator[int]:
-    """Yield the offsets of numbers that may be NaN, infinite or outside the range of float32."""
-    lower = content.lower()
-    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # faster than the regular expression
-        yield from (found.start() for found in re.finditer(rb"nan|inf|#ind", lower))
-    yield from (found.start() for found in re.finditer(rb"e\+?0*(?:3[89]|[4-9]\d|\d{3})", lower))
-    digits, long = content.translate(_DIGITS), b"0" * 39
-    at = digits.find(long)
-    while at >= 0:
-        yield at
-        at = digits.find(long, digits.find(b" ", at))
+            found = f"{_quote(line)} in line {number}"
+            raise FileTypeError("finite float32 vertex positions", found, EXPORT_AGAIN)
 
 
 def _is_non_finite(word: bytes) -> bool:
@@ -164,11 +132,16 @@ def _is_non_finite(word: bytes) -> bool:
 #: NaN and infinity in the formats that C libraries print.
 _NON_FINITE = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
 
+_WORDS = (b"nan", b"inf", b"#ind")
+
+#: Exponents of numbers outside the range of float32.
+_EXPONENT = re.compile(rb"e\+?0*(?:3[89]|[4-9]\d|\d{3})")
+
 #: The largest float32.
 _LARGEST = 3.4028235677973366e38
 
-#: Translation table that replaces digits by 0 and other bytes by a space.
-_DIGITS = bytes(48 if chr(code).isdigit() and code < 128 else 32 for code in range(256))
+#: Translation table that replaces digits by 0.
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def _starts_like_obj(text: bytes) -> bool:

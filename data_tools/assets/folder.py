@@ -39,55 +39,45 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
             ``assets``.
     """
     if not assets.is_dir():
-        raise AssetsError(
-            expected=f"a folder of meshes at {assets}", found="none", remedy="pass --assets DIR"
-        )
-    folder = assets
-    if out is not None and out.resolve() != assets.resolve():
-        if out.resolve().is_relative_to(assets.resolve()):
+        expected = f"a folder of meshes at {assets}"
+        raise AssetsError(expected, found="none", remedy="pass --assets DIR")
+    folder = out or assets
+    if folder.resolve() != assets.resolve():
+        if folder.resolve().is_relative_to(assets.resolve()):
             raise AssetsError(expected=f"--out outside {assets}", found=out, remedy="choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        ignored = _copy(assets, out, (_identity(out),)) + _count_unsupported(assets)
+        folder.mkdir(parents=True, exist_ok=True)
+        ignored = _copy(assets, folder) + _count_unsupported(assets)
         if ignored:
             print(f"Not copied: {format_ignored(ignored)}")
-        folder = out
     found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan_folder(folder, read_ids(folder))]
     write_list(folder, found)
     print(f"{counted(len(found), 'asset')} in {folder / LIST_NAME}")
     print(next_command(folder))
 
 
-def _copy(folder: Path, out: Path, ancestors: tuple[tuple[int, int], ...]) -> Counter[str]:
-    """Copy meshes, ``assets.csv`` and the files with ``_COMPANION_SUFFIXES``.
-
-    Args:
-        folder: Source folder.
-        out: Destination folder. It is created if there is at least one file to copy.
-        ancestors: Identities of the parent folders and of the destination, to detect circular links.
+def _copy(assets: Path, out: Path) -> Counter[str]:
+    """Copy meshes, ``assets.csv`` and the files with ``_COMPANION_SUFFIXES``. Symbolic links are followed.
 
     Returns:
         Number of skipped links by kind.
     """
-    ancestors = (*ancestors, _identity(folder))
     ignored = Counter[str]()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not os.path.exists(entry.path):
-                ignored["dangling link"] += 1
-            elif entry.is_dir():
-                if _identity(Path(entry.path)) in ancestors:
-                    ignored["circular link"] += 1
-                elif not is_hidden_name(entry.name):
-                    ignored += _copy(folder / entry.name, out / entry.name, ancestors)
-            elif _is_copied(entry.name) and entry.is_file():
-                out.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(entry.path, out / entry.name)
+    for path, folders, files in os.walk(assets, followlinks=True, onerror=_raise):
+        current = Path(path)
+        parents = {folder.resolve() for folder in (out, current, *current.parents)}
+        circular = {name for name in folders if (current / name).resolve() in parents}
+        dangling = [name for name in files if not (current / name).exists()]
+        ignored += Counter({"circular link": len(circular), "dangling link": len(dangling)})
+        folders[:] = [name for name in folders if name not in circular and not is_hidden_name(name)]
+        for name in filter(_is_copied, set(files).difference(dangling)):
+            target = out / (current / name).relative_to(assets)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(current / name, target)
     return ignored
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_copied(name: str) -> bool:
@@ -97,5 +87,5 @@ def _is_copied(name: str) -> bool:
 
 
 def _count_unsupported(folder: Path) -> Counter[str]:
-    ignored = find_meshes(folder).ignored
+    ignored = find_meshes(folder)[1]
     return Counter({suffix: count for suffix, count in ignored.items() if suffix in UNSUPPORTED_SUFFIXES})

@@ -1,5 +1,7 @@
 """Reader for the Debian package ``sweethome3d-furniture`` 1.8-1, which contains five libraries of OBJ models.
 
+The hash of the package is verified, so its contents are trusted.
+
 The package is an ar archive that contains a ``data.tar.xz``. Each library in the tar file is a zip file, for example
 ``Scopia.sh3f``, with a catalog (``PluginFurnitureCatalog.properties``), a license (``LICENSE.TXT``) and one folder per
 model (OBJ, MTL, textures).
@@ -7,23 +9,24 @@ model (OBJ, MTL, textures).
 
 import dataclasses
 import lzma
+import os
 import re
-import shutil
 import subprocess
 import tarfile
 import tempfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.assets.archives import read_member
 from lrm_pl.errors import InputError
 from lrm_pl.paths import hash_file
 
 PACKAGE = "sweethome3d-furniture"
 VERSION = "1.8-1"
+DEB = f"{PACKAGE}_{VERSION}_all.deb"
 PACKAGE_SHA256 = "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668"
 
 CATALOG = "PluginFurnitureCatalog.properties"
@@ -37,8 +40,6 @@ LIBRARIES = {
     "Reallusion": "CC-BY-3.0-US",
     "KatorLegaz": "CC-BY-3.0-US",
 }
-
-_MAX_TEXT_BYTES = 1 << 20
 
 
 class PackageError(InputError):
@@ -103,36 +104,23 @@ def read_catalog(library: Path) -> dict[str, Model]:
 
     Returns:
         Mapping from model keys, for example ``armchair``, to catalog entries.
-
-    Raises:
-        PackageError: The catalog is missing or incomplete.
     """
-    with zipfile.ZipFile(library) as archive:
-        content = read_member(archive, CATALOG, _MAX_TEXT_BYTES)
-    if content is None:
-        raise PackageError(
-            subject=library, expected=f"a file {CATALOG}", found="none", remedy="download the package again"
-        )
-    entries: dict[str, dict[str, str]] = {}
-    for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", content.decode("latin-1"), re.MULTILINE):
-        entries.setdefault(number, {})[field] = _unescape(value.strip())
-    try:
-        models = [_model(library.stem, entry) for entry in entries.values()]
-    except (KeyError, ValueError) as error:
-        raise PackageError(
-            subject=library,
-            expected="an id, name, model and size in each entry",
-            found=f"{error!r}",
-            remedy="download the package again",
-        ) from error
+    entries = defaultdict[str, dict[str, str]](dict)
+    for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", _read_text(library, CATALOG), re.MULTILINE):
+        entries[number][field] = _unescape(value.strip())
+    models = [_model(library.stem, entry) for entry in entries.values()]
     return {model.key: model for model in models}
 
 
 def read_license(library: Path) -> str:
     """Return the license text of a library without trailing whitespace."""
+    lines = _read_text(library, LICENSE).strip().split("\n")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _read_text(library: Path, name: str) -> str:
     with zipfile.ZipFile(library) as archive:
-        text = (read_member(archive, LICENSE, _MAX_TEXT_BYTES) or b"").decode("latin-1")
-    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").strip().split("\n"))
+        return archive.read(name).decode("latin-1")
 
 
 def _model(library: str, entry: dict[str, str]) -> Model:
@@ -157,79 +145,45 @@ def _unescape(text: str) -> str:
 
 
 def _download(folder: Path) -> Path:
-    remedy = f"download {PACKAGE} {VERSION} from a Debian mirror and pass --package FILE.deb"
+    """Download the package with ``apt-get``."""
     command = ["apt-get", "download", f"{PACKAGE}={VERSION}"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PackageError(f"`{' '.join(command)}` failed: {error}", remedy=remedy) from error
-    packages = list(folder.glob("*.deb"))
-    if done.returncode or len(packages) != 1:
-        raise PackageError(
-            expected=f"one package from `{' '.join(command)}`",
-            found=f"none: {(done.stderr.strip() or 'no message').splitlines()[-1]}",
-            remedy=remedy,
-        )
-    return packages[0]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        remedy = f"download {PACKAGE} {VERSION} from a Debian mirror and pass --package FILE.deb"
+        raise PackageError(f"`{' '.join(command)}` failed: {reason.strip()}", remedy=remedy) from error
+    return folder / DEB
 
 
 def _check(package: Path) -> None:
     if not package.is_file():
-        raise PackageError(
-            expected=f"the Debian package at {package}",
-            found="no file",
-            remedy=f"download it with `apt-get download {PACKAGE}`",
-        )
+        remedy = f"download it with `apt-get download {PACKAGE}`"
+        raise PackageError(f"the Debian package at {package}", "no file", remedy)
     found = hash_file(package)
     if found != PACKAGE_SHA256:
-        raise PackageError(
-            subject=package,
-            expected=f"sha256 {PACKAGE_SHA256} ({PACKAGE} {VERSION})",
-            found=found,
-            remedy="download that version of the package",
-        )
+        expected = f"sha256 {PACKAGE_SHA256} ({PACKAGE} {VERSION})"
+        raise PackageError(expected, found, "download that version of the package", package)
 
 
 def _unpack(package: Path, folder: Path) -> None:
-    """Extract the libraries. The package is trusted, because the hash has been verified."""
+    """Extract the libraries to a folder."""
     with open(package, "rb") as file:
-        _seek_member(file, "data.tar.xz", package)
+        _seek_member(file, b"data.tar.xz")
         with lzma.open(file) as data, tarfile.open(fileobj=data, mode="r|") as tar:
             for member in tar:
-                name = Path(member.name).name
-                if member.isfile() and name in {f"{library}.sh3f" for library in LIBRARIES}:
-                    content = tar.extractfile(member)
-                    assert content is not None  # None only if the member is not a regular file
-                    with open(folder / name, "wb") as library:
-                        shutil.copyfileobj(content, library)
-    missing = [name for name in LIBRARIES if not (folder / f"{name}.sh3f").is_file()]
-    if missing:
-        raise PackageError(
-            subject=package,
-            expected=f"the library {missing[0]}.sh3f",
-            found="none",
-            remedy="download the package again",
-        )
+                if member.isfile() and member.name.endswith(".sh3f"):
+                    member.name = Path(member.name).name
+                    tar.extract(member, folder, filter="data")
 
 
-def _seek_member(file: BinaryIO, name: str, package: Path) -> None:
+def _seek_member(file: BinaryIO, name: bytes) -> None:
     """Seek to the data of a member of an ar archive.
 
     The archive starts with 8 magic bytes. Each member consists of a header of 60 bytes and the data, which are padded
     to an even size.
     """
-    at = 8
-    while True:
-        file.seek(at)
-        header = file.read(60)
-        if len(header) < 60:
-            raise PackageError(
-                subject=package,
-                expected=f"a member {name}",
-                found="none",
-                remedy="download the package again",
-            )
-        if header[:16].decode("latin-1").strip().rstrip("/") == name:
-            return
+    file.seek(8)
+    while (header := file.read(60))[:16].rstrip() != name:
         size = int(header[48:58])
-        at += 60 + size + size % 2
+        file.seek(size + size % 2, os.SEEK_CUR)

@@ -52,35 +52,28 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
         InputError: The list of models is not available, or there are no usable models.
     """
     base = base.rstrip("/")
-    records = dict(sorted(list_models(base).items())[:limit])
-    keys = {name: make_id(name) for name in records}
+    records = {make_id(name): record for name, record in sorted(list_models(base).items())[:limit]}
     left_out: dict[str, str] = {}
     missing = [
-        Download(name, f"{base}/models/{quote(name, safe='')}.zip", out / "zips" / f"{keys[name]}.zip")
-        for name in records
-        if not (out / keys[name] / "model.obj").is_file()
+        Download(key, f"{base}/models/{quote(str(record['name']), safe='')}.zip", out / "zips" / f"{key}.zip")
+        for key, record in records.items()
+        if not (out / key / "model.obj").is_file()
     ]
     bar = tqdm(download_all(missing), total=len(missing), unit="model", disable=not missing)
     for done, _, reason in bar:
-        key = keys[done.id]
         try:
             if not reason:
-                _unpack(done.path, out / key)
+                _unpack(done.path, out / done.id)
         except ArchiveError as error:
             reason = f"not unpacked: {error}"
         done.path.unlink(missing_ok=True)
         if reason:
-            left_out[key] = reason
+            left_out[done.id] = reason
             bar.set_postfix(failures=len(left_out))
     with contextlib.suppress(OSError):  # the folder is not empty if there are partial downloads
         (out / "zips").rmdir()
-    assets = [
-        _asset(keys[name], record, base, out)
-        for name, record in records.items()
-        if keys[name] not in left_out
-    ]
-    hint = "Run the same command again to retry." if left_out else ""
-    write_outputs(out, assets, left_out, CHANGES, hint)
+    assets = [_asset(key, record, base, out) for key, record in records.items() if key not in left_out]
+    write_outputs(out, assets, left_out, CHANGES, "Run the same command again to retry.")
 
 
 def list_models(base: str) -> dict[str, dict[str, Any]]:
@@ -105,23 +98,14 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
             raise
         try:
             records = {str(record["name"]): dict(record) for record in json.loads(content)}
+            if not models and not records:
+                raise ValueError("the list is empty")
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                subject=url,
-                expected="a JSON list of models",
-                found=f"{content[:60]!r} ({error!r})",
-                remedy="check the URL",
-            ) from error
+            found = f"{content[:60]!r} ({error!r})"
+            raise InputError("a JSON list of models", found, "check the URL", subject=url) from error
         if not records.keys() - models.keys():
             break
         models |= records
-    if not models:
-        raise InputError(
-            subject=f"{base}/models",
-            expected="a list of models",
-            found="an empty one",
-            remedy="check the URL",
-        )
     return models
 
 
@@ -131,9 +115,7 @@ def _unpack(path: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with open_zip(path) as archive:
-        obj = read_member(archive, "meshes/model.obj")
-        if obj is None:
-            raise ArchiveError(subject=path.name, expected="meshes/model.obj", found="none")
+        obj = read_member(archive, "meshes/model.obj") or b""  # extract raises an error if it is missing
         materials = read_obj_materials(obj, lambda name: read_member(archive, _member_path(archive, name)))
         if materials.missing:
             raise ArchiveError(subject=path.name, expected=f"the file {materials.missing[0]}", found="none")
@@ -144,16 +126,12 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _member_path(archive: zipfile.ZipFile, name: str) -> str:
     """Return the path in the zip file of a file to which the OBJ or MTL refers."""
-    same_folder = f"meshes/{name}"
-    return (
-        same_folder if same_folder in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
-    )
+    beside = f"meshes/{name}"
+    return beside if beside in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
 
 
 def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
-    words = [
-        word for field in ("categories", "tags") for word in record.get(field) or () if isinstance(word, str)
-    ]
+    words = [*(record.get("categories") or ()), *(record.get("tags") or ())]
     file = f"{key}/model.obj"
     return Asset(
         id=key,
@@ -163,7 +141,7 @@ def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
         creator="Google Research",
         source=f"{base}/models/{record['name']}",
         license=LICENSE,
-        tags=tuple(dict.fromkeys(words)),
+        tags=tuple(dict.fromkeys(word for word in words if isinstance(word, str))),
         split="val",
         up="z",  # the up axis in Gazebo
     )

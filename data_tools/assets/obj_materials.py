@@ -7,7 +7,6 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lrm_pl.color_spaces import srgb_to_linear
@@ -32,10 +31,9 @@ _IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 _SPELLING = {
     name.lower(): name
     for name in (
-        "Kd", "Ks", "Ke", "Ns", "Ni", "Tr", "Tf", "Pr", "Pm", "Ps", "Pc", "Pcr", "map_Kd", "map_Ks", "map_Ns", "map_Ke",
-        "map_Bump", "map_Pr", "map_Pm", "map_Ps",
-    )
-}  # fmt: skip
+        "Kd Ks Ke Ns Ni Tr Tf Pr Pm Ps Pc Pcr map_Kd map_Ks map_Ns map_Ke map_Bump map_Pr map_Pm map_Ps"
+    ).split()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +113,16 @@ def find_mtl_files(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
         The paths of the files in the order in which they are read, and the names of missing files. If an MTL file with
         the stem of the OBJ was added, no file counts as missing.
     """
-    named = mtl_names(obj, partial(_is_beside, path))
-    paths = [find_file(path.parent, name) for name in named]
-    found = [file for file in paths if file]
-    missing = [name for name, file in zip(named, paths, strict=True) if not file]
+    named = mtl_names(obj, lambda name: find_file(path.parent, name) is not None)
+    paths = {name: find_file(path.parent, name) for name in named}
+    found = [file for file in paths.values() if file]
+    missing = [name for name, file in paths.items() if not file]
     if named and not missing:
         return found, []
-    own = [file for file in map(path.with_suffix, (".mtl", ".MTL")) if file.is_file() and file not in found][
-        :1
-    ]
-    return [*own, *found], [] if own else missing
-
-
-def _is_beside(path: Path, name: str) -> bool:
-    return find_file(path.parent, name) is not None
+    for own in map(path.with_suffix, (".mtl", ".MTL")):
+        if own.is_file() and own not in found:
+            return [own, *found], []
+    return found, missing
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -165,15 +159,10 @@ def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]
     "(null)" and "None", which Blender writes for faces without a material, are excluded.
     """
     defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
-    parts = re.split(
-        rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", normalize_lines(obj), flags=re.MULTILINE | re.IGNORECASE
-    )
     faces = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
-    used = {
-        _text(name.rstrip())
-        for name, part in zip(parts[1::2], parts[2::2], strict=True)
-        if faces.search(part)
-    }
+    _, *parts = _statement(b"usemtl").split(normalize_lines(obj))
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    used = {_text(name.rstrip()) for name, statements in pairs if faces.search(statements)}
     return sorted(used - defined - {"(null)", "None"})
 
 
@@ -192,10 +181,11 @@ def find_invalid_face(obj: bytes) -> str:
 
 def _names(keyword: bytes, content: bytes) -> set[str]:
     """Return the arguments of all statements with a keyword."""
-    lines = re.findall(
-        rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, normalize_lines(content), re.MULTILINE | re.IGNORECASE
-    )
-    return {_text(name.rstrip()) for name in lines}
+    return {_text(name.rstrip()) for name in _statement(keyword).findall(normalize_lines(content))}
+
+
+def _statement(keyword: bytes) -> re.Pattern[bytes]:
+    return re.compile(rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, re.MULTILINE | re.IGNORECASE)
 
 
 def normalize_lines(content: bytes) -> bytes:
@@ -249,10 +239,8 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
         transparency = _color(statements.pop("tr", ""))
         if transparency and transparency[0] < 1:  # some programs write Tr 1 for opaque materials
             statements.setdefault("d", f"{1 - transparency[0]:.9g}")
-        lines += [
-            f"newmtl {name}",
-            *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),
-        ]
+        lines.append(f"newmtl {name}")
+        lines += [f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()]
     return ("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape")
 
 

@@ -12,6 +12,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from data_tools.assets.asset_list import Asset
 from data_tools.assets.download import Download, download, download_all
 from data_tools.assets.outputs import write_outputs
-from lrm_pl.errors import InputError, counted
+from lrm_pl.errors import InputError
 
 BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
 
@@ -42,19 +43,14 @@ _MAX_TABLE_BYTES = 1 << 30
 
 
 def fetch_objaverse(
-    out: Path,
-    uids: Sequence[str] | None,
-    categories: Sequence[str] | None,
-    limit: int | None,
-    urls_only: bool,
-    base: str,
+    out: Path, uids: Sequence[str], categories: Sequence[str], limit: int | None, urls_only: bool, base: str
 ) -> None:
     """Download missing objects and write the asset list.
 
     Args:
         out: Destination folder of ``glbs/000-023/UID.glb``, ``index/`` and the files of ``write_outputs``.
-        uids: Uids of objects to include. If None, objects are selected by category only.
-        categories: LVIS categories of objects to include. If None, objects are selected by uid only.
+        uids: Uids of objects to include.
+        categories: LVIS categories of objects to include.
         limit: Maximum number of objects. The objects are sorted by uid, and uids are random. If None, all objects are
             included.
         urls_only: Whether to list the URLs of the meshes without downloading the meshes.
@@ -64,39 +60,33 @@ def fetch_objaverse(
         InputError: No objects are selected, a uid or category does not exist, or a table cannot be read.
     """
     if not uids and not categories:
-        raise InputError(
-            expected="uids or categories (all of Objaverse is 8.9 TB)",
-            found="neither",
-            remedy=(
-                "pass for example --categories chair,table --limit 100, or --uids-file with one uid per "
-                "line (the keys of object-paths.json.gz are all uids)"
-            ),
+        remedy = (
+            "pass for example --categories chair,table --limit 100, or --uids-file with one uid per line (the keys of "
+            "object-paths.json.gz are all uids)"
         )
+        raise InputError("uids or categories (all of Objaverse is 8.9 TB)", "neither", remedy)
     base, index = base.rstrip("/"), out / "index"
-    tags: dict[str, str] = {}
-    if categories:
-        tags = _by_category(_table(base, index, "lvis-annotations.json.gz"), categories)
+    annotations = _table(base, index, "lvis-annotations.json.gz") if categories else {}
+    _reject_unknown("category", categories, annotations)
+    tags = {str(uid): category for category in categories for uid in annotations[category]}
     paths = _table(base, index, "object-paths.json.gz")
-    _refuse_unknown("uid", uids or (), paths)
-    left_out: dict[str, str] = {}
-    folders = _by_folder(sorted({*(uids or ()), *tags})[:limit], paths, left_out)
-    assets: list[Asset] = []
-    downloads: list[Download] = []
-    sizes: dict[str, int] = {}
-    bar = tqdm(sorted(folders.items()), desc="metadata", unit="table", disable=len(folders) < 2)
-    for name, members in bar:
+    _reject_unknown("uid", uids, paths)
+    folders, left_out = defaultdict[str, list[str]](list), dict[str, str]()
+    for uid in sorted({*uids, *tags})[:limit]:
+        path = str(paths.get(uid))
+        if (found := _PATH.fullmatch(path)) and found[2] == uid:
+            folders[found[1]].append(uid)
+        else:
+            left_out[uid] = f"unexpected path: expected glbs/000-000/{uid}.glb, but found {path[:200]!r}"
+    assets = dict[str, Asset]()
+    for name in tqdm(sorted(folders), desc="metadata", unit="table", disable=len(folders) < 2):
         records = _table(base, index, f"metadata/{name}.json.gz")
-        for uid in members:
-            path, record = str(paths[uid]), records.get(uid)
-            asset = make_asset(uid, f"{base}/{path}" if urls_only else path, record, tags.get(uid, ""))
-            assets.append(asset)
-            downloads.append(Download(uid, f"{base}/{path}", out / path))
-            sizes |= _size(uid, record)
+        for uid in folders[name]:
+            file = f"{base}/{paths[uid]}" if urls_only else paths[uid]
+            assets[uid] = make_asset(uid, file, records.get(uid), tags.get(uid, ""))
     if not urls_only:
-        hashes = _download_meshes(downloads, sizes, left_out)
-        assets = [replace(asset, sha256=hashes[asset.id]) for asset in assets if asset.id in hashes]
-    hint = "Run the same command again to retry." if left_out else ""
-    write_outputs(out, assets, left_out, CHANGES, hint)
+        _download_meshes(base, out, assets, left_out)
+    write_outputs(out, list(assets.values()), left_out, CHANGES, "Run the same command again to retry.")
 
 
 def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset:
@@ -137,50 +127,14 @@ def _text(record: object, *fields: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _size(uid: str, record: object) -> dict[str, int]:
-    """Return a mapping from the uid to the size of the GLB in bytes, or {} if the metadata has no size."""
-    size = _look_up(record, "archives", "glb", "size")
-    return {uid: size} if isinstance(size, int) and size > 0 else {}
-
-
-def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, str]) -> dict[str, list[str]]:
-    """Return a mapping from folders, for example ``000-023``, to uids.
-
-    Args:
-        uids: Uids of the objects.
-        paths: Mapping from uids to paths.
-        left_out: Mapping from ids to reasons, to which objects with an unexpected path are added.
-    """
-    folders: dict[str, list[str]] = {}
-    for uid in uids:
-        path = str(paths.get(uid))
-        found = _PATH.fullmatch(path)
-        if found and found[2] == uid:
-            folders.setdefault(found[1], []).append(uid)
-        else:
-            left_out[uid] = f"unexpected path: expected glbs/000-000/{uid}.glb, but found {path[:200]!r}"
-    return folders
-
-
-def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict[str, str]:
-    """Return a mapping from uids to categories for the objects of LVIS categories."""
-    _refuse_unknown("category", categories, annotations)
-    return {str(uid): category for category in categories for uid in annotations[category]}
-
-
-def _refuse_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        head, tail = unknown[0][:4], unknown[0][-4:]  # comparing all 798,759 uids would take about a minute
-        alike = [name for name in known if len(known) < 9999 or name[:4] == head or name[-4:] == tail]
-        near = difflib.get_close_matches(unknown[0], alike, n=3, cutoff=0.5)
-        meant = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else f"there are {len(known)}, for example {min(known)}"
-        )
-        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise InputError(expected=f"a {noun} of Objaverse", found=f"{unknown[0]!r}{more}", remedy=meant)
+def _reject_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            # Comparing all 798,759 uids would take about a minute.
+            alike = [other for other in known if len(known) < 9999 or other[:4] == name[:4]]
+            near = difflib.get_close_matches(name, alike, cutoff=0.5)
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"an example is {min(known)}"
+            raise InputError(f"a {noun} of Objaverse", repr(name), remedy)
 
 
 def _table(base: str, index: Path, name: str) -> dict[str, Any]:
@@ -197,42 +151,19 @@ def _table(base: str, index: Path, name: str) -> dict[str, Any]:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(subject=path, expected="gzipped JSON", found=error, remedy=remedy) from error
     if not isinstance(table, dict) or not table:
-        raise InputError(
-            subject=path, expected="a non-empty JSON object", found=f"{table!r:.60}", remedy=remedy
-        )
+        found = f"{table!r:.60}"
+        raise InputError(subject=path, expected="a non-empty JSON object", found=found, remedy=remedy)
     return table
 
 
-def _download_meshes(
-    downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]
-) -> dict[str, str]:
-    """Download meshes.
-
-    The size of a GLB file is compared with the length in the header of the file. If it differs from the size in the
-    metadata, a note is printed and the file is accepted, because the metadata may be older than the file.
-
-    Args:
-        downloads: Meshes to download.
-        sizes: Mapping from uids to sizes in bytes according to the metadata.
-        left_out: Mapping from ids to reasons, to which failures are added.
-
-    Returns:
-        Mapping from uids to sha256 hashes.
-    """
-    hashes: dict[str, str] = {}
-    others: list[str] = []
+def _download_meshes(base: str, out: Path, assets: dict[str, Asset], left_out: dict[str, str]) -> None:
+    """Download meshes, and store the hashes in ``assets``. Failures are moved to ``left_out``."""
+    downloads = [Download(uid, f"{base}/{asset.file}", out / asset.file) for uid, asset in assets.items()]
     bar = tqdm(download_all(downloads), total=len(downloads), unit="mesh")
     for done, digest, reason in bar:
+        asset = assets.pop(done.id)
         if reason:
             left_out[done.id] = reason
             bar.set_postfix(failures=len(left_out))
         else:
-            hashes[done.id] = digest
-            size = done.path.stat().st_size
-            if size != sizes.get(done.id, size):
-                others.append(f"{done.id} ({size} bytes, not {sizes[done.id]})")
-    if others:
-        print(
-            f"Note: the size of {counted(len(others), 'mesh')} differs from the metadata, for example {min(others)}."
-        )
-    return hashes
+            assets[done.id] = replace(asset, sha256=digest)

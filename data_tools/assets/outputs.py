@@ -45,9 +45,8 @@ def write_outputs(
     write_atomically(out / LEFT_OUT_NAME, "".join(lines).encode())
     if left_out:
         print(f"Left out {len(left_out)} of {len(assets) + len(left_out)}, listed in {out / LEFT_OUT_NAME}:")
-        for category, count in Counter(
-            reason.partition(":")[0] for reason in left_out.values()
-        ).most_common():
+        categories = Counter(reason.partition(":")[0] for reason in left_out.values())
+        for category, count in categories.most_common():
             print(f"  {count:6d}  {category}")
         if hint:
             print(hint)

@@ -11,16 +11,19 @@
 | face with an out-of-range vertex index         | face is removed       | rejected                      |
 """
 
+import functools
+import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.assets.file_types import FileTypeError
+from data_tools.assets.file_types import EXPORT_AGAIN, FileTypeError
 from data_tools.assets.obj_materials import find_file
 
 _COLORS = {
@@ -44,6 +47,12 @@ _NAMES = {code: name.decode() for name, code in _TYPES.items()}
 
 _RGB = ("red", "green", "blue")
 
+#: Prefix of the fields for the lengths of lists. Property names do not contain spaces.
+_LENGTH = "length of "
+
+#: Minimum number of rows that are read together.
+_MIN_ROWS = 8
+
 #: Types of color properties that Blender's importer does not scale to [0, 1].
 _UNSCALED = ("i1", "i2", "i4", "u4")
 
@@ -61,8 +70,7 @@ class _Element:
     properties: dict[str, tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class _Lists:
+class _Lists(NamedTuple):
     """Values of a list property.
 
     Attributes:
@@ -74,7 +82,22 @@ class _Lists:
     values: npt.NDArray[np.generic]
 
 
-_Columns = dict[str, npt.NDArray[np.generic] | _Lists]
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of an element, with the types in the header.
+
+    Attributes:
+        scalars: Mapping from names of scalar properties to the values, shape (rows,).
+        lists: Mapping from names of list properties to the values.
+    """
+
+    scalars: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    lists: dict[str, _Lists] = field(default_factory=dict)
+
+    @property
+    def corners(self) -> _Lists | None:
+        """Vertex indices of the corners of each face, or None if the element has no faces."""
+        return self.lists.get("vertex_indices", self.lists.get("vertex_index"))
 
 
 def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
@@ -105,26 +128,22 @@ def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     lines, elements, textures = _parse(header)
     if is_text and b"\r" in body:
         body = re.sub(rb"\r\n|\r", b"\n", body)
-    order = "" if is_text else ">" if b"binary_big_endian" in header else "<"
-    table = _read(elements, body, order)
-    if table:
-        _check(table)
-    vertices, faces = (elements[name].properties if name in elements else {} for name in ("vertex", "face"))
-    face_colors = faces.keys() >= set(_RGB) and not vertices.keys() >= set(_RGB)
-    face_uvs, vertex_uvs = "texcoord" in faces, vertices.keys() >= {"s", "t"}
-    if not face_uvs and not vertex_uvs:
+    table = _read(elements, body, "" if is_text else ">" if b"binary_big_endian" in header else "<")
+    vertex, face = table.get("vertex", _Columns()), table.get("face", _Columns())
+    _check(vertex, face)
+    has_face_colors = face.scalars.keys() >= set(_RGB) and not vertex.scalars.keys() >= set(_RGB)
+    has_vertex_uvs = vertex.scalars.keys() >= {"s", "t"}
+    if not has_vertex_uvs and "texcoord" not in face.lists:
         textures = []  # a texture has no effect if there are no texture coordinates
     found = find_file(path.parent, textures[0]) if len(textures) == 1 else None
     lost = textures if textures and not found else []
     written = b"\n".join(lines) + b"\n" + body
-    has_face_uvs = face_uvs and not vertex_uvs and found is not None
-    added = ("texcoord",) if has_face_uvs else _RGB if face_colors else ()
-    unscaled = [name for name in (*_RGB, "alpha") if table and vertices.get(name, ("",))[0] in _UNSCALED]
+    added = ("texcoord",) if found and not has_vertex_uvs else _RGB if has_face_colors else ()
+    unscaled = [name for name in (*_RGB, "alpha") if _type(vertex.scalars.get(name)) in _UNSCALED]
     for name in unscaled:
-        table["vertex"][name] = np.asarray(table["vertex"][name]).clip(0, 255).astype(np.uint8)
-        vertices[name] = ("u1", "")
+        vertex.scalars[name] = vertex.scalars[name].clip(0, 255).astype(np.uint8)
     if added or unscaled:
-        if corners := _split_corners(elements, table, added):
+        if corners := _split_corners(vertex, face, added):
             written = corners
         else:
             found, lost = None, [*lost, f"{path.name}: {added[0] if added else 'color'} of faces"]
@@ -165,155 +184,134 @@ def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _
         order: Byte order in the notation of NumPy, or "" for an ASCII file.
 
     Returns:
-        Mapping from element names to columns. If the data is invalid, it is empty, so that Blender's importer reports
-        the error.
+        Mapping from element names to columns. If the data is invalid, it is empty, so that Blender's
+        importer reports the error.
     """
     table, at = dict[str, _Columns](), 0
     data = body if order else np.fromstring(body.decode("latin-1"), np.float64, sep=" ").tobytes()
     try:
         for name, element in elements.items():
-            types = {key: ("<f8", "<f8" if length else "") for key, (_, length) in element.properties.items()}
-            if order:
-                types = {
-                    key: (order + dtype, length and order + length)
-                    for key, (dtype, length) in element.properties.items()
-                }
-            table[name], at = _rows(element.count, types, data, at)
-    except (ValueError, IndexError, TypeError):
+            parts, at = _read_rows(element, data, at, order)
+            table[name] = _columns(element, parts)
+    except (ValueError, TypeError, ArithmeticError):
         return {}
     return table
 
 
-def _rows(count: int, types: dict[str, tuple[str, str]], data: bytes, at: int) -> tuple[_Columns, int]:
-    """Read the rows of an element. If the lists have the same lengths in all rows, the rows are read in one operation.
+def _read_rows(element: _Element, data: bytes, at: int, order: str) -> tuple[list[npt.NDArray[np.void]], int]:
+    """Read the rows of an element. Consecutive rows in which the lists have the same lengths are read together.
 
     Args:
-        count: Number of rows.
-        types: Mapping from property names to NumPy types (type, type of the list length).
-        data: Data of all elements.
+        element: Element of the header.
+        data: Data of all elements. All values of an ASCII file have the type float64.
         at: Offset of the first row in bytes.
+        order: Byte order in the notation of NumPy, or "" for an ASCII file.
 
     Returns:
-        The columns, and the offset after the last row.
+        Structured arrays of consecutive rows, and the offset after the last row.
     """
-    first = _row(types, data, at)[0] if count else {}
-    lengths = {key: len(value) for key, value in first.items()}
-    fields = list[tuple[str, str] | tuple[str, str, tuple[int]]]()
-    for key, (dtype, length) in types.items():
-        fields += (
-            [(f"{key} length", length), (key, dtype, (lengths.get(key, 0),))] if length else [(key, dtype)]
-        )
-    layout = np.dtype(fields)
-    if count * layout.itemsize <= len(data) - at:
-        rows = np.frombuffer(data, layout, count, at)
-        lists = [key for key, (_, length) in types.items() if length]
-        if all((rows[f"{key} length"] == lengths.get(key, 0)).all() for key in lists):
-            uniform: _Columns = {
-                key: _Lists(np.full(count, lengths.get(key, 0)), rows[key].reshape(-1))
-                if key in lists
-                else rows[key]
-                for key in types
-            }
-            return uniform, at + rows.nbytes
-    each = list[dict[str, npt.NDArray[np.generic]]]()
-    for _ in range(count):
-        row, at = _row(types, data, at)
-        each.append(row)
-    columns: _Columns = {}
-    for key, (_, list_length) in types.items():
-        values = np.concatenate([row[key] for row in each])
-        columns[key] = _Lists(np.array([len(row[key]) for row in each]), values) if list_length else values
-    return columns, at
+    lists = [_LENGTH + key for key, (_, length) in element.properties.items() if length]
+
+    @functools.cache
+    def layout(*lengths: int) -> np.dtype[np.void]:
+        """Return the layout of a row up to the length of the first list whose length is not given."""
+        fields, given = list[tuple[str, str, tuple[int, ...]]](), iter(lengths)
+        for key, (dtype, length) in element.properties.items():
+            shape: tuple[int, ...] = ()
+            if length:
+                fields.append((_LENGTH + key, order + length if order else "<f8", ()))
+                shape = tuple(itertools.islice(given, 1))
+                if not shape:
+                    break
+            fields.append((key, order + dtype if order else "<f8", shape))
+        return np.dtype(fields)
+
+    parts, remaining, limit = list[npt.NDArray[np.void]](), element.count, _MIN_ROWS
+    while remaining:
+        lengths: tuple[int, ...] = ()
+        for name in lists:
+            lengths += (int(np.frombuffer(data, layout(*lengths), 1, at)[name][0]),)
+        size = layout(*lengths).itemsize
+        available = min(remaining, limit, (len(data) - at) // size)
+        if not available:
+            raise ValueError("truncated data")
+        rows = np.frombuffer(data, layout(*lengths), available, at)
+        same = np.ones(available, bool)
+        for name in lists:
+            same &= rows[name] == rows[name][0]
+        count = available if same.all() else int(same.argmin())
+        parts.append(rows[:count])
+        remaining, at = remaining - count, at + count * size
+        limit = 2 * limit if count == limit else _MIN_ROWS
+    return parts, at
 
 
-def _row(
-    types: dict[str, tuple[str, str]], data: bytes, at: int
-) -> tuple[dict[str, npt.NDArray[np.generic]], int]:
-    row = {}
-    for key, (dtype, length) in types.items():
-        count = 1
+def _columns(element: _Element, parts: list[npt.NDArray[np.void]]) -> _Columns:
+    columns = _Columns()
+    for key, (dtype, length) in element.properties.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.concatenate([np.empty(0), *(rows[key].ravel() for rows in parts)]).astype(dtype)
         if length:
-            count = int(np.frombuffer(data, length, 1, at)[0])
-            at += np.dtype(length).itemsize
-        row[key] = np.frombuffer(data, dtype, count, at)
-        at += row[key].nbytes
-    return row, at
+            lengths = np.concatenate([np.empty(0), *(rows[_LENGTH + key] for rows in parts)])
+            columns.lists[key] = _Lists(lengths.astype(np.int64), values)
+        else:
+            columns.scalars[key] = values
+    return columns
 
 
-def _check(table: dict[str, _Columns]) -> None:
+def _check(vertex: _Columns, face: _Columns) -> None:
     """Reject positions and faces that Blender's importer would change without an error."""
-    vertex, face = table.get("vertex", {}), table.get("face", {})
-    positions = [vertex[axis] for axis in "xyz" if axis in vertex]
+    positions = [vertex.scalars[axis] for axis in "xyz" if axis in vertex.scalars]
     for values in positions:
         with np.errstate(over="ignore"):
-            if not np.isfinite(np.asarray(values, np.float32)).all():
-                raise FileTypeError(
-                    expected="finite float32 vertex positions",
-                    found="NaN or infinity",
-                    remedy="export the mesh again",
-                )
-    corners = _corners(face)
-    if corners and positions and len(corners.values):
-        count = len(np.asarray(positions[0]))
-        low, high = int(corners.values.min()), int(corners.values.max())
-        if low < 0 or high >= count:
-            raise FileTypeError(
-                expected=f"vertex indices from 0 to {count - 1}",
-                found=low if low < 0 else high,
-                remedy="export the mesh again",
-            )
+            if not np.isfinite(values.astype(np.float32)).all():
+                raise FileTypeError("finite float32 vertex positions", "NaN or infinity", EXPORT_AGAIN)
+    if face.corners and positions and len(face.corners.values):
+        low, high = int(face.corners.values.min()), int(face.corners.values.max())
+        if low < 0 or high >= len(positions[0]):
+            expected = f"vertex indices from 0 to {len(positions[0]) - 1}"
+            raise FileTypeError(expected, low if low < 0 else high, EXPORT_AGAIN)
 
 
-def _corners(face: _Columns) -> _Lists | None:
-    lists = [face[key] for key in ("vertex_indices", "vertex_index") if key in face]
-    return lists[0] if lists and isinstance(lists[0], _Lists) else None
-
-
-def _split_corners(elements: dict[str, _Element], table: dict[str, _Columns], added: Sequence[str]) -> bytes:
+def _split_corners(vertex: _Columns, face: _Columns, added: Sequence[str]) -> bytes:
     """Encode a PLY with a separate vertex for each corner of a face.
 
     Args:
-        elements: Elements of the header.
-        table: Mapping from element names to columns.
+        vertex: Columns of the vertices.
+        face: Columns of the faces.
         added: Names of face properties that are copied to the vertices.
 
     Returns:
         Content of the PLY, or b"" if the faces cannot be converted.
     """
-    vertex, face = table.get("vertex", {}), table.get("face", {})
-    corners = _corners(face)
-    if corners is None:
+    if face.corners is None:
         return b""
-    at, faces = corners.values.astype(np.int64), np.repeat(np.arange(len(corners.lengths)), corners.lengths)
-    columns = {
-        key: np.asarray(values)[at] for key, values in vertex.items() if not isinstance(values, _Lists)
-    }
-    types = {key: elements["vertex"].properties[key][0] for key in columns}
+    lengths, indices = face.corners
+    columns = {key: values[indices.astype(np.int64)] for key, values in vertex.scalars.items()}
     for key in added:
-        values, dtype = face[key], elements["face"].properties[key][0]
-        if not isinstance(values, _Lists):
-            columns[key], types[key] = values[faces], dtype
-        elif np.array_equal(values.lengths, 2 * corners.lengths):
-            columns |= {"s": values.values[::2], "t": values.values[1::2]}
-            types |= {"s": dtype, "t": dtype}
+        if key in face.scalars:
+            columns[key] = np.repeat(face.scalars[key], lengths)
+        elif key in face.lists and np.array_equal(face.lists[key].lengths, 2 * lengths):
+            columns |= {"s": face.lists[key].values[::2], "t": face.lists[key].values[1::2]}
         else:
             return b""
-    return _encode(columns, types, corners.lengths)
+    return _encode(columns, lengths)
 
 
-def _encode(
-    columns: dict[str, npt.NDArray[np.generic]], types: dict[str, str], lengths: npt.NDArray[np.int64]
-) -> bytes:
+def _encode(columns: dict[str, npt.NDArray[np.generic]], lengths: npt.NDArray[np.int64]) -> bytes:
     """Encode a PLY whose faces use consecutive vertices."""
-    rows = np.empty(int(lengths.sum()), [(key, "<" + dtype) for key, dtype in types.items()])
+    count = int(lengths.sum())
+    rows = np.empty(count, [(key, "<" + _type(values)) for key, values in columns.items()])
     for key, values in columns.items():
         rows[key] = values
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
-    header += [f"property {_NAMES[dtype]} {key}" for key, dtype in types.items()]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {count}"]
+    header += [f"property {_NAMES[_type(values)]} {key}" for key, values in columns.items()]
     header += [f"element face {len(lengths)}", "property list uint uint vertex_indices", "end_header"]
-    heads = np.cumsum(lengths) - lengths + np.arange(len(lengths))
-    indices = np.empty(len(rows) + len(lengths), "<u4")
-    is_length = np.zeros(len(indices), bool)
-    is_length[heads] = True
-    indices[is_length], indices[~is_length] = lengths, np.arange(len(rows))
+    # The length of a face precedes the indices of the face.
+    indices = np.insert(np.arange(count), np.cumsum(lengths) - lengths, lengths).astype("<u4")
     return "\n".join(header).encode() + b"\n" + rows.tobytes() + indices.tobytes()
+
+
+def _type(values: npt.NDArray[np.generic] | None) -> str:
+    """Return the type of a column without the byte order, for example "f4"."""
+    return "" if values is None else values.dtype.str[1:]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, cast, get_args
+from typing import cast, get_args
 
 from data_tools.assets.asset_list import (
     LIST_NAME,
@@ -37,6 +37,9 @@ UNSUPPORTED_SUFFIXES = frozenset(
     ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
     ".wrl .x3d .xz .zip .zst".split()
 )
+
+#: Characters that represent bytes of a file name that are not valid UTF-8.
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 TABLE_NAME = "assets.csv"
 TABLE_COLUMNS = ("id", "name", "creator", "source", "license", "sha256")
@@ -62,17 +65,10 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
             is ``folder``.
     """
     if not folder.is_dir():
-        raise AssetsError(
-            expected=f"a folder of {MESH_FORMATS} files at {folder}",
-            found="no folder",
-            remedy="pass ASSETS=<folder>",
-        )
+        expected = f"a folder of {MESH_FORMATS} files at {folder}"
+        raise AssetsError(expected, "no folder", "pass ASSETS=<folder>")
     if out and out.resolve() == folder.resolve():
-        raise AssetsError(
-            expected="different folders for meshes and shards",
-            found=f"{out} for both",
-            remedy="pass another OUT=",
-        )
+        raise AssetsError("different folders for meshes and shards", f"{out} for both", "pass another OUT=")
     if (folder / LIST_NAME).is_file():
         assets = read_list(folder)
         _report_unlisted(folder, assets)
@@ -82,7 +78,7 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
 
 def _report_unlisted(folder: Path, assets: Iterable[Asset]) -> None:
     listed = {asset.file for asset in assets if not asset.is_remote}
-    count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder).meshes)
+    count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder)[0])
     if count:
         print(
             f"Note: {LIST_NAME} does not list {counted(count, 'mesh')} in {folder}; only listed meshes are rendered. "
@@ -106,20 +102,19 @@ def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -
     Raises:
         AssetsError: There are no meshes, or ``assets.csv`` is invalid.
     """
-    found = find_meshes(folder)
-    files = sorted(path for path in found.meshes if _is_utf8(path))
-    for path in sorted(set(found.meshes) - set(files)):
-        print(f"Skipped {path!r}: the name is not valid UTF-8. Rename the file.", file=sys.stderr)
-    if found.ignored:
-        print(
-            f"Ignored: {format_ignored(found.ignored)}. Only {MESH_FORMATS} files in {folder} are rendered.",
-            file=sys.stderr,
-        )
+    meshes, ignored = find_meshes(folder)
+    files = list[Path]()
+    for path in sorted(meshes):
+        if _SURROGATES.search(str(path)):
+            print(f"Skipped {path!r}: the name is not valid UTF-8. Rename the file.", file=sys.stderr)
+        else:
+            files.append(path.relative_to(folder))
+    if ignored:
+        note = f"Ignored: {format_ignored(ignored)}. Only {MESH_FORMATS} files in {folder} are rendered."
+        print(note, file=sys.stderr)
     if not files:
-        raise AssetsError(
-            expected=f"{MESH_FORMATS} files in {folder}", found="none", remedy="pass another ASSETS=<folder>"
-        )
-    by_id = assign_ids((path.relative_to(folder) for path in files), known)
+        raise AssetsError(f"{MESH_FORMATS} files in {folder}", "none", "pass another ASSETS=<folder>")
+    by_id = assign_ids(files, known)
     table = read_table(folder / TABLE_NAME)
     if unused := sorted(set(table) - set(by_id)):
         print(
@@ -130,18 +125,6 @@ def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -
     return tuple(_make_asset(folder, key, by_id[key], table.get(key, {})) for key in sorted(by_id))
 
 
-class ScannedFolder(NamedTuple):
-    """Meshes of a folder.
-
-    Attributes:
-        meshes: Paths of mesh files, in no specific order.
-        ignored: Number of files and folders that are not rendered, by suffix or description, for example "hidden mesh".
-    """
-
-    meshes: tuple[Path, ...]
-    ignored: Counter[str]
-
-
 def format_ignored(ignored: Counter[str]) -> str:
     """Format counts in descending order, for example as ``41 .stl, 19 .dae, 1 linked folder``."""
     return ", ".join(
@@ -150,10 +133,14 @@ def format_ignored(ignored: Counter[str]) -> str:
     )
 
 
-def find_meshes(folder: Path) -> ScannedFolder:
+def find_meshes(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Search a folder recursively for meshes.
 
     Symbolic links to folders, hidden files and ``__MACOSX`` folders are skipped.
+
+    Returns:
+        The paths of mesh files, in no specific order, and the number of files and folders that are not rendered, by
+        suffix or description, for example "hidden mesh".
     """
     meshes, ignored, pending = list[Path](), Counter[str](), [(folder, False)]
     while pending:
@@ -178,20 +165,12 @@ def find_meshes(folder: Path) -> ScannedFolder:
                 ignored["dangling link"] += 1
             elif suffix in UNSUPPORTED_SUFFIXES and not is_hidden:
                 ignored[suffix] += 1
-    return ScannedFolder(tuple(meshes), +ignored)
+    return meshes, +ignored
 
 
 def is_hidden_name(name: str) -> bool:
     """Return whether files and folders with the given name are skipped."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def assign_ids(files: Iterable[Path], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Path]:
@@ -244,52 +223,39 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.is_file():
         return {}
+    table: dict[str, dict[str, str]] = {}
     try:
-        return _parse_table(path)
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            columns = tuple(reader.fieldnames or ())
+            if columns not in (TABLE_COLUMNS, (*TABLE_COLUMNS, _UP_COLUMN)):
+                expected = f"the columns {','.join(TABLE_COLUMNS)} and optionally {_UP_COLUMN}"
+                raise AssetsError(subject=path, expected=expected, found=columns)
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if row["id"] in table or None in row.values() or None in row:
+                    expected = f"{len(columns)} columns and a unique id"
+                    raise AssetsError(subject=where, expected=expected, found=row)
+                _validate_row(row, where)
+                table[row["id"]] = row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise AssetsError(
-            subject=path, expected="a CSV file", found=error, remedy="save it as CSV in UTF-8"
-        ) from error
-
-
-def _parse_table(path: Path) -> dict[str, dict[str, str]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-        reader = csv.DictReader(file)
-        columns = tuple(reader.fieldnames or ())
-        if columns not in (TABLE_COLUMNS, (*TABLE_COLUMNS, _UP_COLUMN)):
-            raise AssetsError(
-                subject=path,
-                expected=f"the columns {','.join(TABLE_COLUMNS)} and optionally {_UP_COLUMN}",
-                found=columns,
-            )
-        table: dict[str, dict[str, str]] = {}
-        for row in reader:
-            line = f"{path}, line {reader.line_num}"
-            if row["id"] in table or None in row.values() or None in row:
-                raise AssetsError(subject=line, expected=f"{len(columns)} columns and a unique id", found=row)
-            if row.get(_UP_COLUMN, "") not in get_args(UpAxis):
-                raise AssetsError(
-                    subject=line, expected="y, z or nothing as the up axis", found=f"{row[_UP_COLUMN]!r}"
-                )
-            if not SHA256_PATTERN.fullmatch(row["sha256"]):
-                raise AssetsError(
-                    subject=line,
-                    expected="a sha256 of 64 lower-case hex digits or nothing",
-                    found=f"{row['sha256']!r}",
-                    remedy="compute it with `sha256sum FILE`",
-                )
-            table[row["id"]] = row
+        raise AssetsError("a CSV file", error, "save it as CSV in UTF-8", path) from error
     return table
+
+
+def _validate_row(row: dict[str, str], where: str) -> None:
+    if row.get(_UP_COLUMN, "") not in get_args(UpAxis):
+        raise AssetsError("y, z or nothing as the up axis", repr(row[_UP_COLUMN]), subject=where)
+    if not SHA256_PATTERN.fullmatch(row["sha256"]):
+        expected = "a sha256 of 64 lower-case hex digits or nothing"
+        raise AssetsError(expected, repr(row["sha256"]), "compute it with `sha256sum FILE`", where)
 
 
 def _make_asset(folder: Path, key: str, file: Path, row: dict[str, str]) -> Asset:
     if row.get(_UP_COLUMN) and file.suffix.lower() not in (".obj", ".ply"):
-        raise AssetsError(
-            subject=folder / TABLE_NAME,
-            expected="an up axis for OBJ and PLY files only",
-            found=f"one for {key!r} ({file.name})",
-            remedy="leave the column empty in this row; the format defines the axis",
-        )
+        remedy = "leave the column empty in this row, because the format defines the axis"
+        found = f"one for {key!r} ({file.name})"
+        raise AssetsError("an up axis for OBJ and PLY files only", found, remedy, folder / TABLE_NAME)
     return Asset(
         id=key,
         file=file.as_posix(),

@@ -11,13 +11,11 @@ import os
 import posixpath
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.assets.archives import ArchiveError, read_member
+from data_tools.assets.archives import read_member
 from data_tools.assets.asset_list import Asset
 from data_tools.assets.file_types import FileTypeError, check_file_type
 from data_tools.assets.furniture_package import (
@@ -61,10 +59,8 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
         InputError: Blender is not installed, the package is not the expected version, or there are no usable models.
     """
     if importlib.util.find_spec("bpy") is None:
-        raise InputError(
-            "Blender (bpy) is not installed in this environment",
-            remedy="use .venv-render/bin/python, which `make .venv-render` creates",
-        )
+        remedy = "use .venv-render/bin/python, which `make .venv-render` creates"
+        raise InputError("Blender (bpy) is not installed in this environment", remedy=remedy)
     out.mkdir(parents=True, exist_ok=True)
     assets: dict[str, Asset] = {}
     left_out: dict[str, str] = {}
@@ -81,13 +77,9 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
                 else:
                     tasks.append(task)
         _convert(tasks, out, left_out)
-    _print_table(assets, left_out)
-    usable = [
-        dataclasses.replace(asset, sha256=hash_file(out / asset.file))
-        for key, asset in assets.items()
-        if key not in left_out
-    ]
-    write_outputs(out, usable, left_out, CHANGES)
+    usable = [asset for key, asset in assets.items() if key not in left_out]
+    hashed = [dataclasses.replace(asset, sha256=hash_file(out / asset.file)) for asset in usable]
+    write_outputs(out, hashed, left_out, CHANGES)
 
 
 def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTask, str]]:
@@ -104,25 +96,19 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
     found = []
     with zipfile.ZipFile(archive) as members:
         for model in read_catalog(archive).values():
-            key, base = make_id(model.key), posixpath.dirname(model.obj)
-            materials, reason = None, ""
-            try:
-                materials = _read_materials(model, members)
-                source = _source(model, members)
-            except ArchiveError as error:
-                source, reason = "", f"not readable: {error}"
+            base, obj = posixpath.split(model.obj)
+            materials = _read_materials(model, members)
             asset = Asset(
                 id=make_id(f"{model.library}-{model.key}"),
-                file=f"{model.library}/{key}.glb",
+                file=f"{model.library}/{make_id(model.key)}.glb",
                 sha256="",
                 name=model.name,
                 creator=model.creator,
-                source=source,
+                source=_source(model, members),
                 license=LIBRARIES[model.library],
                 tags=tuple(dict.fromkeys((*filter(None, [model.category]), *model.tags))),
                 split="val" if model.library == HELD_OUT else "",
             )
-            obj = posixpath.basename(model.obj)
             files = (obj, *materials.libraries, *materials.textures) if materials else ()
             task = ConversionTask(
                 id=asset.id,
@@ -131,7 +117,7 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
                 obj=obj,
                 glb=out / asset.file,
             )
-            found.append((asset, task, reason or rejection_reason(model, materials)))
+            found.append((asset, task, rejection_reason(model, materials)))
     return found
 
 
@@ -182,29 +168,15 @@ def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -
     jobs = max(1, min(16, len(missing), len(os.sched_getaffinity(0))))
     print(f"Converting {len(missing)} models, {jobs} Blender processes ...", flush=True)
     bar = tqdm(convert_all(missing, out / "convert.log", jobs), total=len(missing), unit="model")
-    failures = 0
     for task, reason in bar:
         if reason:
             left_out[task.id] = reason
-            failures += 1
-            bar.set_postfix(failures=failures)
+            bar.set_postfix(left_out=len(left_out))
 
 
 def _is_complete(glb: Path) -> bool:
     try:
-        check_file_type(glb, str(glb))
+        check_file_type(glb, glb.suffix, str(glb))
     except (FileTypeError, FileNotFoundError):
         return False
     return True
-
-
-def _print_table(assets: Mapping[str, Asset], left_out: Mapping[str, str]) -> None:
-    """Print the number of usable models per library, and the number of models that are left out, by reason."""
-    cells = Counter(
-        (left_out.get(key, "usable").partition(":")[0], asset.file.partition("/")[0])
-        for key, asset in assets.items()
-    )
-    categories = sorted({category for category, _ in cells}, key=lambda name: (name != "usable", name))
-    print(f"{'':28}" + "".join(f"{name:>16}" for name in LIBRARIES))
-    for category in categories:
-        print(f"{category:28}" + "".join(f"{cells[category, name]:16d}" for name in LIBRARIES))

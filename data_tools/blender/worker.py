@@ -157,7 +157,7 @@ def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
     """
     if asset.is_remote:
         path = Path(setup.scratch) / f"{asset.id}{Path(asset.file).suffix.lower()}"
-        return path, download(asset.file, path, sha256=asset.sha256 or None)
+        return path, download(asset.file, path, asset.sha256)
     path = Path(setup.assets) / asset.file
     if not path.is_file():
         raise InputError(expected=f"a mesh at {path}", found="no file")

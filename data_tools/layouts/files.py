@@ -96,12 +96,8 @@ def numbered_images(folder: Path) -> list[Path]:
         raise LayoutError(subject=folder, expected=expected, found=len(images))
     for first, second in itertools.pairwise(images):
         if int(first.stem) == int(second.stem):
-            raise LayoutError(
-                subject=folder,
-                expected="one image per number",
-                found=f"{first.name} and {second.name}",
-                remedy="remove one of them",
-            )
+            names = f"{first.name} and {second.name}"
+            raise LayoutError("one image per number", names, "remove one of them", folder)
     return images
 
 
@@ -172,12 +168,8 @@ def to_rgba_view(content: bytes, name: str, aspect: float | None = None) -> byte
 def _check_aspect(size: tuple[int, int], name: str, aspect: float | None) -> None:
     width, height = size
     if aspect is not None and abs(width - aspect * height) > 1:
-        raise LayoutError(
-            subject=name,
-            expected=f"{aspect * height:.0f} x {height} pixels, the aspect ratio of the camera",
-            found=f"{width} x {height}",
-            remedy="remove cropped or stretched images",
-        )
+        expected = f"{aspect * height:.0f} x {height} pixels, the aspect ratio of the camera"
+        raise LayoutError(expected, f"{width} x {height}", "remove cropped or stretched images", name)
 
 
 def read_npy(path: Path) -> npt.NDArray[np.float64]:

@@ -77,11 +77,8 @@ def read_object(folder: Path, root: Path, masks: Path | None, views: int, resolu
     if len(frames) < views:
         lost = Counter(frame for frame in found if isinstance(frame, str))
         reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-        raise LayoutError(
-            subject=folder,
-            expected=f"at least {views} usable views",
-            found=f"{len(frames)} of {len(found)} ({reasons})",
-        )
+        total = f"{len(frames)} of {len(found)} ({reasons})"
+        raise LayoutError(f"at least {views} usable views", total, subject=folder)
     frames = [frames[i * len(frames) // views] for i in range(views)]
     return PosedViews(
         c2w=to_object_frame([frame.outline for frame in frames], str(folder)).astype(np.float32),
@@ -112,12 +109,9 @@ def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
     corners = np.array([(x, y) for x in (left, left + side) for y in (top, top + side)], dtype=np.float64)
     displacement = float(posed.camera.displacement(corners).max()) / side
     if displacement > MAX_DISTORTION:
-        raise LayoutError(
-            subject=image,
-            expected=f"lens distortion of at most {MAX_DISTORTION:.0%} of the crop",
-            found=f"{displacement:.1%}",
-            remedy="undistort the images with COLMAP's image_undistorter",
-        )
+        expected = f"lens distortion of at most {MAX_DISTORTION:.0%} of the crop"
+        remedy = "undistort the images with COLMAP's image_undistorter"
+        raise LayoutError(expected, f"{displacement:.1%}", remedy, image)
     # The ends of the rows of the mask include all vertices of the convex hull.
     outline = np.concatenate([np.stack([first, rows + 0.5], axis=1), np.stack([last, rows + 0.5], axis=1)])
     rays, center = _rays(posed, outline), _rays(posed, (low + high)[None] / 2)[0]
@@ -152,11 +146,8 @@ def _open(path: Path, posed: PosedImage) -> Image.Image:
     """Open an image in sRGB. The EXIF orientation is ignored, because the cameras refer to the stored pixels."""
     image, camera = open_image(path, upright=False), posed.camera
     if image.size != (camera.width, camera.height):
-        raise LayoutError(
-            subject=path,
-            expected=f"{camera.width} x {camera.height} pixels according to the camera",
-            found=f"{image.width} x {image.height}",
-        )
+        expected = f"{camera.width} x {camera.height} pixels according to the camera"
+        raise LayoutError(expected, f"{image.width} x {image.height}", subject=path)
     return image
 
 

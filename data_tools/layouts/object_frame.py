@@ -53,11 +53,8 @@ def to_object_frame(outlines: list[ObjectOutline], where: str) -> npt.NDArray[np
     center = _nearest_point(poses[:, :3, 3], np.stack([outline.center for outline in outlines]))
     ahead = np.einsum("vi,vi->v", center - poses[:, :3, 3], poses[:, :3, 2])
     if (ahead <= 0).any():
-        raise LayoutError(
-            subject=where,
-            expected="the object in front of every camera",
-            found=f"it behind camera {ahead.argmin()}",
-        )
+        found = f"it behind camera {ahead.argmin()}"
+        raise LayoutError("the object in front of every camera", found, subject=where)
     radius = max(float(_distances(center - s.c2w[:3, 3], s.rays).max()) for s in outlines)
     framed = poses.copy()
     framed[:, :3, :3] = axes @ poses[:, :3, :3]
@@ -74,11 +71,8 @@ def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]
     right, down = poses[:, :3, 0], poses[:, :3, 1]
     _, spread, directions = np.linalg.svd(right.T @ right)
     if spread[1] < _LEAST_TURN**2 * spread[0]:
-        raise LayoutError(
-            subject=where,
-            expected="cameras around the object",
-            found="cameras that look in one direction",
-        )
+        found = "cameras that look in one direction"
+        raise LayoutError("cameras around the object", found, subject=where)
     up = -directions[2] * np.sign((down @ directions[2]).sum())
     x = right[0] - (right[0] @ up) * up
     x /= np.linalg.norm(x)
@@ -94,9 +88,8 @@ def _nearest_point(
         origins: (N, 3) points on the lines.
         directions: (N, 3) unit directions of the lines.
     """
-    across = (
-        np.eye(3) - directions[:, :, None] * directions[:, None, :]
-    )  # projection onto the plane perpendicular to the ray
+    # Projections onto the planes perpendicular to the lines.
+    across = np.eye(3) - directions[:, :, None] * directions[:, None, :]
     return np.linalg.lstsq(across.sum(axis=0), np.einsum("vij,vj->i", across, origins), rcond=None)[0]
 
 

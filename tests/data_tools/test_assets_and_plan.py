@@ -29,12 +29,12 @@ def touch(folder, *names):
         (folder / name).write_bytes(name.encode())
 
 
-def test_ids_are_paths_without_suffix_in_the_letters_of_a_shard_key():
+def test_ids_are_paths_without_suffix_and_invalid_characters():
     files = [Path("chairs/red 1.v2.glb"), Path("A-b_c.OBJ")]
     assert assign_ids(files) == {"chairs_red_1_v2": files[0], "A-b_c": files[1]}
 
 
-def test_every_file_has_an_id_of_its_own_whatever_it_is_called():
+def test_ids_are_unique_for_similar_file_names():
     files = [Path(name) for name in (
         "chair.obj", "chair.ply", "a b.glb", "a_b.glb", "椅子.obj", "桌子.obj", "x" * 90 + ".glb",
         "one.ply", "one_ply.obj",
@@ -47,7 +47,7 @@ def test_every_file_has_an_id_of_its_own_whatever_it_is_called():
     assert assign_ids(reversed(files)) == named, "whatever order they are found in"
 
 
-def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
+def test_assets_in_subfolders_are_sorted_by_id(tmp_path):
     touch(tmp_path, "b.GLB", "a/z.obj", "a/z.mtl", "c.ply", "d.fbx", "e.gltf", "readme.txt")
     found = find_assets(tmp_path)
     assert [asset.id for asset in found] == ["a_z", "b", "c", "d", "e"]
@@ -55,14 +55,14 @@ def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
     assert (found[0].name, found[0].license) == ("a_z", "unknown")
 
 
-def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
+def test_an_empty_or_missing_folder_is_rejected(tmp_path):
     with pytest.raises(AssetsError, match=r"expected glb, gltf, obj, ply, fbx files in .*, but found none"):
         find_assets(tmp_path)
     with pytest.raises(AssetsError, match="found no folder"):
         find_assets(tmp_path / "absent")
 
 
-def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path):
+def test_assets_csv_provides_metadata_and_is_validated(tmp_path):
     touch(tmp_path, "a.glb")
     table = tmp_path / "assets.csv"
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,\n")
@@ -87,7 +87,7 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
         find_assets(tmp_path)
 
 
-def test_a_row_whose_id_no_mesh_has_is_named(tmp_path, capsys):
+def test_a_row_without_a_mesh_is_reported(tmp_path, capsys):
     touch(tmp_path, "a.glb", "b.obj")
     (tmp_path / "assets.csv").write_text(HEADER + "b.obj,Chair,Ann,library,CC0-1.0,\na,A,,,,\n")
     assert [asset.name for asset in find_assets(tmp_path)] == ["A", "b"]
@@ -95,14 +95,14 @@ def test_a_row_whose_id_no_mesh_has_is_named(tmp_path, capsys):
     assert "for example 'b.obj'. An id of this folder is 'a'" in said
 
 
-def test_the_held_out_objects_are_those_with_the_smallest_hashes():
+def test_the_objects_with_the_smallest_hashes_are_held_out():
     # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
     assert held_out_ids(["a", "b", "c", "d"], 2) == {"c", "d"}
     assert [default_held_out([""] * n) for n in (1, 5, 6, 47, 48, 1000)] == [0, 0, 1, 7, 8, 8]
     assert default_held_out(["train", "val"] * 50) == 0  # the list has chosen
 
 
-def test_shards_are_cut_by_position_in_the_sorted_list_of_a_split():
+def test_shards_contain_consecutive_ids_of_a_split():
     plan = plan_shards(dict.fromkeys("dbeac", ""), held_out=2, shard_size=2)
     assert [(shard.name, shard.ids) for shard in plan] == [
         ("train-000000.tar", ("a", "b")),
@@ -111,7 +111,7 @@ def test_shards_are_cut_by_position_in_the_sorted_list_of_a_split():
     ]
 
 
-def test_objects_whose_split_is_listed_stay_there_and_only_others_are_chosen_from():
+def test_listed_splits_are_kept_and_only_other_objects_are_held_out():
     # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
     plan = plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=1, shard_size=8)
     assert {shard.split: shard.ids for shard in plan} == {"train": ("b", "d"), "val": ("a", "c")}
@@ -119,12 +119,12 @@ def test_objects_whose_split_is_listed_stay_there_and_only_others_are_chosen_fro
         plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=3, shard_size=8)
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused():
+def test_holding_out_all_objects_is_rejected():
     with pytest.raises(ValueError, match=r"expected --held-out between 0 and 1 .*, but found 2"):
         plan_shards(dict.fromkeys("ab", ""), held_out=2, shard_size=8)
 
 
-def test_the_demo_assets_are_complete_small_and_free():
+def test_the_demo_assets_are_complete_small_and_in_the_public_domain():
     found = find_assets(DEMO_ASSETS)
     assert all(hash_file(DEMO_ASSETS / asset.file) == asset.sha256 for asset in found)
     assert [asset.id for asset in found] == sorted(OBJECTS)
@@ -141,7 +141,7 @@ def listed(folder, **changes):
     write_list(folder, [Asset(**asset | changes)])
 
 
-def test_a_list_of_assets_says_what_is_to_be_rendered_and_comes_back_as_it_was(tmp_path):
+def test_an_asset_list_is_read_back_unchanged(tmp_path):
     touch(tmp_path, "not_listed.glb")
     b = Asset(
         "b", "https://example.org/b.glb", "ab" * 32, "B", "Bo", "x", "CC-BY-3.0", ("chair", "old"), "val"
@@ -163,13 +163,13 @@ def test_a_list_of_assets_says_what_is_to_be_rendered_and_comes_back_as_it_was(t
         ({"split": "test"}, "expected the split"),
     ],
 )
-def test_a_list_that_cannot_be_trusted_is_refused_with_the_asset_and_the_field(tmp_path, changes, message):
+def test_an_invalid_field_of_an_asset_list_is_rejected(tmp_path, changes, message):
     listed(tmp_path, **changes)
     with pytest.raises(AssetsError, match=message):
         find_assets(tmp_path)
 
 
-def test_a_damaged_list_or_another_table_is_refused(tmp_path):
+def test_a_damaged_or_unrelated_parquet_file_is_rejected(tmp_path):
     listed(tmp_path)
     path = tmp_path / "assets.parquet"
     path.write_bytes(path.read_bytes()[:-9])
@@ -177,7 +177,8 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
         find_assets(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"uid": ["a"]}), path)
     with pytest.raises(
-        AssetsError, match=r"expected the columns id, file, .* found uid. Write the list again"
+        AssetsError,
+        match=r"expected the columns id, file, .* found missing values in id\. Write the list again",
     ):
         find_assets(tmp_path)
     same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "license": ""}
@@ -187,7 +188,7 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
         find_assets(tmp_path)
 
 
-def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp_path):
+def test_assets_csv_may_have_a_byte_order_mark_and_must_be_utf_8(tmp_path):
     text = "id,name,creator,source,license,sha256\na,Stühle,Ann,library,CC0-1.0,\n"
     table = tmp_path / "assets.csv"
     table.write_text(text, encoding="utf-8-sig")
@@ -197,14 +198,14 @@ def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp
         read_table(table)
 
 
-def test_the_axis_up_of_a_folder_is_that_of_each_file_whose_row_does_not_say(tmp_path):
+def test_the_up_option_is_the_default_for_rows_without_an_up_axis(tmp_path):
     touch(tmp_path, "a.obj", "b.ply")
     (tmp_path / "assets.csv").write_text(HEADER.replace("\n", ",up\n") + "b,,,,,,y\n")
     fetch_folder(tmp_path, None, "z")
     assert [asset.up for asset in find_assets(tmp_path)] == ["z", "y"]
 
 
-def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
+def test_ignored_files_and_links_are_counted(tmp_path, capsys):
     touch(tmp_path, "a.glb", "b/c.stl", "b/d.STL", "e.dae", "pack.zip", ".hidden.glb", "readme.txt", "a.png")
     touch(tmp_path, "__MACOSX/._a.glb", ".cache/old.obj", "._a.glb")
     (tmp_path / "linked").symlink_to(tmp_path / "b")
@@ -220,7 +221,7 @@ def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
     )
 
 
-def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
+def test_meshes_missing_from_the_asset_list_are_counted(tmp_path, capsys):
     touch(tmp_path, "a.glb", "sub/b.glb", "c.obj", "c.png")
     listed(tmp_path)
     assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
@@ -231,7 +232,7 @@ def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(tmp_path, capsys):
+def test_a_folder_is_copied_without_circular_links_dangling_links_and_unrelated_files(tmp_path, capsys):
     mine, out = tmp_path / "mine", tmp_path / "out"
     touch(mine, "chairs/a.obj", "chairs/a.mtl", "chairs/wood.PNG", "LICENSE.txt")
     touch(mine, "scene.blend", "all.zip", ".git/x.png")
@@ -254,13 +255,13 @@ def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(t
         assert what in said
 
 
-def test_a_terabyte_of_meshes_is_listed_at_once_because_none_is_opened(tmp_path):
+def test_listing_a_folder_does_not_open_the_meshes(tmp_path):
     (tmp_path / "a.glb").touch()
     os.truncate(tmp_path / "a.glb", 1 << 40)  # it takes no room, but to hash it would take an hour
     assert [(asset.id, asset.sha256) for asset in scan_folder(tmp_path)] == [("a", "")]
 
 
-def test_a_file_whose_name_is_no_text_is_left_out_with_a_word(tmp_path, capsys):
+def test_a_file_name_that_is_not_utf_8_is_skipped_with_a_warning(tmp_path, capsys):
     touch(tmp_path, "a.glb")
     (tmp_path / os.fsdecode(b"st\xfchle.glb")).touch()
     assert [asset.id for asset in find_assets(tmp_path)] == ["a"]

@@ -35,13 +35,13 @@ def write(tmp_path, name, content):
         ("a.ply", PLY.replace("1 0 0", "1 inf 0").replace("\n", "\r"), "found '1 inf 0'"),
     ],
 )
-def test_it_is_refused_with_what_it_is(tmp_path, name, content, found):
+def test_a_file_that_importers_would_misread_is_rejected(tmp_path, name, content, found):
     with pytest.raises(FileTypeError) as refusal:
         check_mesh_file(write(tmp_path, name, content))
     assert found in str(refusal.value)
 
 
-def test_materials_in_utf_16_are_refused_too(tmp_path):
+def test_an_mtl_file_in_utf_16_is_rejected(tmp_path):
     path = write(tmp_path, "a.obj", "mtllib a.mtl\n" + OBJ)
     check_mesh_file(path)  # a library that is not there is counted elsewhere
     write(tmp_path, "a.mtl", "newmtl a\nKd 1 0 0\n".encode("utf-16"))
@@ -59,11 +59,11 @@ def test_materials_in_utf_16_are_refused_too(tmp_path):
         ("a.ply", PLY.replace("\n", "\r")),
     ],
 )
-def test_usual_files_are_not(tmp_path, name, content):
+def test_a_valid_file_is_accepted(tmp_path, name, content):
     check_mesh_file(write(tmp_path, name, content))
 
 
-def test_a_large_file_is_looked_through_in_a_moment(tmp_path):
+def test_a_large_file_is_checked_within_seconds(tmp_path):
     path = write(tmp_path, "a.obj", "v 0.123456 0.123456 0.123456\n" * 1_000_000)
     start = time.perf_counter()
     check_mesh_file(path)
