@@ -28,17 +28,16 @@ from lrm_pl.training.module import LRMModule
 #: Maximum number of objects to measure per evaluation set. The objects are evenly spaced within the set.
 MAX_OBJECTS = 256
 
-#: Number of objects in the image grid.
+#: Maximum number of objects in the image grid.
 GRID_OBJECTS = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
-#: Names under which the metrics of the model are logged. The metrics of the baselines are in report.json only.
-REPORT_METRICS = tuple(
-    f"report/{name}/{metric}"
-    for name in EVALUATION_SETS
-    for metric in ("psnr", "psnr_pooled", "ssim", "lpips")
-)
+#: Metrics of the model that are logged. The metrics of the baselines are in report.json only.
+METRICS = ("psnr", "psnr_pooled", "ssim", "lpips")
+
+#: Names under which the metrics are logged.
+REPORT_METRICS = tuple(f"report/{name}/{metric}" for name in EVALUATION_SETS for metric in METRICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def print_report(
             continue
         with trainer.precision_plugin.forward_context():
             batches = _check_each(check_stop, track(loader, f"Measuring {name}", console=console))
-            report = measure(module, batches, perceptual, mean_image, GRID_OBJECTS)
+            report = measure(module, batches, perceptual, mean_image)
         if report is None:  # the same on all ranks
             console.print(f"{data.mixture.name} has no readable sample among the {TITLES[name]}.")
             continue
@@ -142,9 +141,10 @@ def _log_metrics(trainer: L.Trainer, reports: Mapping[str, Report]) -> None:
         f"report/{name}/{metric}": value
         for name, report in reports.items()
         for metric, value in report.rows["model"]._asdict().items()
+        if metric in METRICS
     }
     for log in trainer.loggers:
-        log.log_metrics({tag: values[tag] for tag in REPORT_METRICS if tag in values}, trainer.global_step)
+        log.log_metrics(values, trainer.global_step)
         log.save()
 
 
@@ -177,7 +177,6 @@ def measure(
     batches: Iterable[PackedBatch],
     perceptual: PerceptualLoss,
     mean_image: Float[Tensor, "3 H W"],
-    objects: int,
 ) -> Report | None:
     """Measure the model and the baselines on an evaluation set.
 
@@ -186,7 +185,6 @@ def measure(
         batches: Batches of the evaluation set.
         perceptual: Network of the LPIPS metric.
         mean_image: The mean training image, which is one of the baselines.
-        objects: Maximum number of objects in the image grid.
 
     Returns:
         The report, or None if the set has no readable sample.
@@ -211,7 +209,7 @@ def measure(
         images = {"model": prediction.images, **{name: make(batch) for name, make in baselines.items()}}
         for name, image in images.items():
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))
-        if len(rows) < objects:
+        if len(rows) < GRID_OBJECTS:
             rows.append(view_row(prediction, batch, 0).cpu())
     if not views:
         return None

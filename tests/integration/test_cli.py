@@ -101,52 +101,43 @@ def test_training_on_ellipsoids_exceeds_a_white_image_by_3_db(tiny):
     assert scores["model"].psnr_pooled >= scores["white image"].psnr_pooled + 3
 
 
-def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path, capsys):
-    folder = tmp_path / "kept"
-    main(["fit", *tiny, "--run.folder", str(folder)])
-    assert set(yaml.safe_load((folder / "input.yaml").read_text())) == {
+def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(run, capsys):
+    assert set(yaml.safe_load((run / "input.yaml").read_text())) == {
         "distance", "fov_deg", "foreground", "background", "threshold",
     }  # fmt: skip
-    main(["predict", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder)])
+    main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(run)])
     said = capsys.readouterr().out
-    assert f"Meshes, orbits and grids: {folder / 'predict'}" in said
+    assert f"Meshes, orbits and grids: {run / 'predict'}" in said
     for key in ("val-ellipsoid-000", "val-ellipsoid-001"):
-        files = {path.name for path in (folder / "predict" / key).iterdir()}
-        record = json.loads((folder / "predict" / key / "result.json").read_text())
+        files = {path.name for path in (run / "predict" / key).iterdir()}
+        record = json.loads((run / "predict" / key / "result.json").read_text())
         assert record["object"] == key
         assert files == {*record["files"], "result.json"} >= {"orbit.mp4", "grid.png"}
         assert record["network"]["step"] == 2
-        assert record["network"]["sha256"] == LRMPipeline.from_pretrained(folder).sha256
+        assert record["network"]["sha256"] == LRMPipeline.from_pretrained(run).sha256
         assert bool(record["mesh"]) != bool(record["warnings"])
         # after two steps, an object may have no surface, which is logged
         assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
 
 
-def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(tiny, tmp_path, capsys):
-    main(["fit", *tiny])
-    capsys.readouterr()
-    run = run_folder(tmp_path)
-    for command in (
-        "validate",
-        "test",
-    ):  # with a checkpoint or the folder of its run
-        for path in (run, checkpoint(tmp_path, 2)):
-            main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
-            printed = capsys.readouterr().out
-            assert printed.count("val/heldout/psnr_pooled") == 1, "each metric is printed once"
-            assert f"Images and logs: {run / command}" in printed
+def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(here, run, tmp_path, capsys):
+    files, path = set(tmp_path.iterdir()), str(run / "checkpoints/step-00000002")
+    for command, measured in (("validate", str(run)), ("test", path)):
+        main([command, "-c", str(run / "config.yaml"), "--ckpt_path", measured])
+        printed = capsys.readouterr().out
+        assert printed.count("val/heldout/psnr_pooled") == 1, "each metric is printed once"
+        assert f"Images and logs: {run / command}" in printed
         assert list((run / command).glob("events*")), "results are written to the run folder"
-    assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is created"
-    path = str(checkpoint(tmp_path, 2))
+    assert set(tmp_path.iterdir()) == files, "no new run is created"
     with pytest.raises(
         SystemExit,
         match=r"expected the weights of this model, but found 25 missing or of another shape.*config\.yaml",
     ):
-        main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", path])
+        main(["validate", *here, "--model.lrm.dim", "32", "--ckpt_path", path])
     with pytest.raises(
         SystemExit, match=r"expected a checkpoint or a run at .*nothing, but found nothing. Correct"
     ):
-        main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing")])
+        main(["validate", *here, "--ckpt_path", str(tmp_path / "nothing")])
 
 
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tiny, tmp_path):

@@ -114,11 +114,10 @@ def test_a_fast_dev_run_writes_no_files(here, tmp_path, capsys):
     assert "no files were kept" in capsys.readouterr().out
 
 
-def test_the_config_of_a_run_starts_a_new_run(here, tmp_path):
-    command_line(["fit", *here, "--run.folder=old"])
-    before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()}
-    command_line(["fit", "-c", "old/config.yaml", "--model.optimizer.lr=1e-3"])
-    assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
+def test_the_config_of_a_run_starts_a_new_run(run, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command_line(["fit", "-c", "run/config.yaml", "--model.optimizer.lr=1e-3"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     new = tmp_path / "runs/lrm/version_0"
     assert len(list_checkpoints(str(new / "checkpoints"))) == 1
     told = yaml.safe_load((new / "config.yaml").read_text())
@@ -126,41 +125,34 @@ def test_the_config_of_a_run_starts_a_new_run(here, tmp_path):
     assert next((tmp_path / "runs").rglob("events.out*")).parent == new
 
 
-def test_the_config_of_the_latest_start_is_saved_and_earlier_versions_are_kept(here, tmp_path):
-    folder = tmp_path / "run"
-
-    def start(*options):
-        command_line(["fit", *here, "--run.folder=run", *options])
-        return yaml.safe_load((folder / "config.yaml").read_text())
-
-    first = start()
-    assert start("--trainer.max_steps=4") != first
-    assert start("--trainer.max_steps=4")["trainer"]["max_steps"] == 4
-    kept = folder / "earlier/until-step-00000002"
-    assert [path.name for path in folder.glob("earlier/*")] == [kept.name], "only changed files are kept"
+def test_the_config_of_the_latest_start_is_saved_and_earlier_versions_are_kept(here, run):
+    first = yaml.safe_load((run / "config.yaml").read_text())
+    for _ in range(2):
+        command_line(["fit", *here, "--run.folder=run", "--trainer.max_steps=4"])
+        assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+    kept = run / "earlier/until-step-00000002"
+    assert [path.name for path in run.glob("earlier/*")] == [kept.name], "only changed files are kept"
     assert yaml.safe_load((kept / "config.yaml").read_text()) == first
     assert not (kept / "commit.txt").exists()
 
 
-def test_measuring_a_complete_run_on_other_data_does_not_change_its_record(here, tmp_path, shards):
-    command_line(["fit", *here, "--run.folder=run"])
-    record = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "input.yaml")}
+def test_measuring_a_complete_run_on_other_data_does_not_change_its_record(here, run, tmp_path, shards):
+    record = {name: (run / name).read_bytes() for name in ("config.yaml", "input.yaml")}
     (tmp_path / "others").symlink_to(shards)
     command_line(["fit", *here, "--run.folder=run", "--data.folder=others", "--model.optimizer.lr=1"])
-    assert record == {name: (tmp_path / "run" / name).read_bytes() for name in record}
+    assert record == {name: (run / name).read_bytes() for name in record}
     export("run", tmp_path / "model")
     card = (tmp_path / "model/README.md").read_text()
     assert f"| trained on | {shards.name}: " in card
     assert " views | PSNR " not in card, "the report describes other data"
 
 
-def test_a_complete_run_prints_a_message_and_is_not_truncated(here, tmp_path, capsys):
-    command_line(["fit", *here, "--run.folder=run"])
+def test_a_complete_run_prints_a_message_and_is_not_truncated(here, run, capsys):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         command_line(["fit", *here, "--run.folder=run"])
     assert "is complete (2 steps). To continue it, increase --trainer.max_steps" in capsys.readouterr().out
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("report/heldout/psnr")] == [2], "logged once"
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
     with pytest.raises(InputError, match=r"of at least 2, the steps of the run in .*, but found 1. Increase"):
@@ -273,16 +265,15 @@ def test_callbacks_of_lightning_log_correct_learning_rates_and_steps(here, tmp_p
     assert rates[4] == pytest.approx(schedule.learning_rate(3, 5))
 
 
-def test_validate_reads_the_config_of_the_run_by_default(here, tmp_path, monkeypatch):
-    command_line(["fit", *here, "--run.folder=run"])
+def test_validate_reads_the_config_of_the_run_by_default(run, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lrm", "validate", "--ckpt_path", "run"])
     lrm()
-    events = EventAccumulator(str(tmp_path / "run/validate")).Reload()
+    events = EventAccumulator(str(run / "validate")).Reload()
     assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2], (
         "the step of the checkpoint"
     )
     assert [event.step for event in events.Images("views/heldout")] == [2]
-    assert (tmp_path / "run/validate/views/heldout-step000002.png").is_file()
+    assert (run / "validate/views/heldout-step000002.png").is_file()
 
 
 def test_a_missing_checkpoint_is_reported_before_missing_data():
