@@ -6,32 +6,16 @@ import time
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from lrm_pl.apps.view import main
 from lrm_pl.cli.main import main as train
 from lrm_pl.evaluation.viewer import has_no_checkpoint
-from tests.builders import TINY, spoil_first_poses
+from tests.builders import spoil_first_poses
 from tests.servers.lrm_server import Served
 
 # Lightning warns about short runs; Playwright closes its pipes in its own thread.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture
-def run(tmp_path, shards):
-    """Train a tiny run up to a step, resuming it when called again."""
-    config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
-    trainer = {"val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
-    config.write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
-
-    def go(steps):
-        train(["fit", "-c", str(config), "--data.folder", str(shards), "--run.folder", str(folder),
-               "--trainer.max_steps", str(steps)])  # fmt: skip
-        return folder
-
-    return go
 
 
 def image(page):
@@ -47,12 +31,13 @@ def box_beside(page, label):
     return min(boxes, key=lambda box: abs((box.bounding_box() or {"y": 1e6})["y"] - line))
 
 
-def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(run, chromium, shards, tmp_path):
-    folder = run(2)
+def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(
+    here, run, chromium, shards, tmp_path
+):
     data = tmp_path / "data"
     shutil.copytree(shards, data)
     spoil_first_poses(next(data.glob("val-*.tar")))  # the first object is unreadable
-    server = Served("view", folder, "--data", data, "--device", "cpu")
+    server = Served("view", run, "--data", data, "--device", "cpu")
     try:
         page = chromium.new_page(viewport={"width": 1100, "height": 750})
         page.goto(server.address)
@@ -67,7 +52,7 @@ def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(run,
             assert time.monotonic() < deadline, f"the frusta are still shown: {changed}"
             page.wait_for_timeout(500)
         assert image(page)[100:400, 200:600].min() < 250, "the field is rendered"
-        run(4)
+        train(["fit", *here, "--run.folder=run", "--trainer.max_steps=4", "--trainer.val_check_interval=4"])
         page.wait_for_selector("text=step-00000004, step 4", timeout=60_000)
         page.locator("input[role=combobox][value='step-00000004']").click()
         page.get_by_role("option", name="step-00000002").click()
@@ -80,19 +65,15 @@ def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(run,
     assert "Traceback" not in said
 
 
-def test_a_missing_run_checkpoint_or_data_set_is_an_error(tmp_path, run, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_missing_run_or_data_set_is_an_error(run):
     with pytest.raises(SystemExit, match="expected a trained model in runs/lrm, but found none"):
         main([])
-    folder = run(2)
-    shutil.move(tmp_path / "run", tmp_path / "moved")
     with pytest.raises(SystemExit, match="expected finished shards in nowhere"):
-        main([str(tmp_path / "moved"), "--data", "nowhere"])
-    assert not folder.exists()
+        main([str(run), "--data", "nowhere"])
     with pytest.raises(SystemExit, match="expected a run folder at nothing, but found none"):
         main(["nothing"])
     with pytest.raises(SystemExit, match=r"lrm: Cannot listen on 127\.0\.0\.1:99999: "):
-        main([str(tmp_path / "moved"), "--port", "99999"])
+        main([str(run), "--port", "99999"])
 
 
 def test_a_run_without_checkpoints_is_waiting_for_the_first_one(tmp_path):
