@@ -56,7 +56,7 @@ def launch(options: argparse.Namespace, out: Path) -> None:
     )
     print(slurm.quoted(command), flush=True)
     if options.dry_run:
-        print("DRY_RUN: nothing was submitted.")
+        print("DRY_RUN is set, so no job was submitted.")
         return
     out.mkdir(parents=True, exist_ok=True)
     job = slurm.submit(command)

@@ -132,7 +132,7 @@ def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout):
 
 @pytest.mark.parametrize("out", ["data/a b", "data/%j", "--uid=0", "data\n#SBATCH --uid=0"])
 def test_a_folder_that_a_log_cannot_be_in_is_refused(checkout, out):
-    with pytest.raises(InputError, match="expected OUT to look like "):
+    with pytest.raises(InputError, match="expected a value like 'data/mine' for OUT"):
         command_of(*ARGUMENTS, out=Path(out))
 
 
@@ -140,7 +140,7 @@ def test_a_folder_that_a_log_cannot_be_in_is_refused(checkout, out):
     ("options", "arguments", "message"),
     [
         ((), ("--assets", "none"), "expected a folder of .* found no folder"),
-        ((), ("--out", "data/$(id)"), "expected OUT to look like"),
+        ((), ("--out", "data/$(id)"), "expected a value like .* for OUT"),
         (("--nodes=0",), (), "expected NODES of at least 1, but found 0"),
         (("--gpus=-1",), (), "expected GPUS of at least 0, but found -1"),
     ],
@@ -184,7 +184,7 @@ def test_a_dry_run_shows_the_command_and_writes_nothing(checkout, capsys):
     said = capsys.readouterr().out
     assert said.startswith("sbatch --parsable --job-name=render-mine --nodes=8 ")
     assert "python -m data_tools render --assets meshes --out data/mine --views 4\n" in said
-    assert "DRY_RUN: nothing was submitted." in said
+    assert "DRY_RUN is set, so no job was submitted." in said
     assert not Path("data").exists()
 
 
@@ -203,7 +203,7 @@ def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_hav
     assert main(["launch", "--partition=gpu", *given]) == 0
     assert " --gres=gpu:4 " in capsys.readouterr().out
     assert main(["launch", "--partition=gup", "--gpus=4", *given]) == 1
-    assert "found the partitions ['gpu', 'main*']" in capsys.readouterr().err
+    assert "found only the partitions ['gpu', 'main*']" in capsys.readouterr().err
 
 
 def test_make_renders_here_unless_a_cluster_is_named(root):
