@@ -106,8 +106,8 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(run, capsys):
         "distance", "fov_deg", "foreground", "background", "threshold",
     }  # fmt: skip
     main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(run)])
-    said = capsys.readouterr().out
-    assert f"Meshes, orbits and grids: {run / 'predict'}" in said
+    output = capsys.readouterr().out
+    assert f"Meshes, orbits and grids: {run / 'predict'}" in output
     for key in ("val-ellipsoid-000", "val-ellipsoid-001"):
         files = {path.name for path in (run / "predict" / key).iterdir()}
         record = json.loads((run / "predict" / key / "result.json").read_text())
@@ -117,7 +117,7 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(run, capsys):
         assert record["network"]["sha256"] == LRMPipeline.from_pretrained(run).sha256
         assert bool(record["mesh"]) != bool(record["warnings"])
         # after two steps, an object may have no surface, which is logged
-        assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
+        assert ("mesh.glb" in files) != (f"No mesh of {key}" in output)
 
 
 def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(here, run, tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(h
 
 
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tiny, tmp_path):
-    every = ["--trainer.max_steps=4", f"--trainer.callbacks={json.dumps([KEEPER])}"]
+    every = ["--trainer.max_steps=4", f"--trainer.callbacks={json.dumps([CHECKPOINTING])}"]
     main(["fit", *tiny, *every])
     main(["fit", *tiny, *every, "--run.resume", str(checkpoint(tmp_path, 2))])
     whole, resumed = weights(checkpoint(tmp_path, 4)), weights(checkpoint(tmp_path, 4, version=1))
@@ -153,7 +153,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tiny, tmp_path):
     assert first["position"] == 4 * 2
 
 
-KEEPER = {
+CHECKPOINTING = {
     "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
     "init_args": {"every": 2, "keep": 10, "monitor": None},
 }
@@ -163,16 +163,16 @@ KEEPER = {
 def test_resume_with_a_different_batch_size_continues_with_the_next_sample(
     tiny, tmp_path, monkeypatch, steps
 ):
-    asked = []
+    positions = []
     candidates = SampleOrder.candidates
-    monkeypatch.setattr(SampleOrder, "candidates", lambda self, g: asked.append(g) or candidates(self, g))
+    monkeypatch.setattr(SampleOrder, "candidates", lambda self, g: positions.append(g) or candidates(self, g))
     once = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
     main(["fit", *tiny, *once])  # steps of 2 samples
     changed = ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"]
     more = ["--trainer.max_steps", str(steps + 2), "--trainer.limit_val_batches", "0"]
     main(["fit", *tiny, *changed, *more, "--run.resume", str(run_folder(tmp_path))])
     assert read_index(str(checkpoint(tmp_path, steps + 2, version=1))).run["position"] == steps * 2 + 2 * 4
-    assert asked == list(range(steps * 2 + 2 * 4)), "each sample is read once"
+    assert positions == list(range(steps * 2 + 2 * 4)), "each sample is read once"
 
 
 def test_an_unexpected_error_keeps_its_traceback(tiny, monkeypatch):

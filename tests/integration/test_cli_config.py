@@ -22,9 +22,9 @@ def test_a_misspelled_or_abbreviated_option_is_rejected(tiny, capsys, section, k
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *tiny, f"--{section}.{key}", "1"])
     assert stopped.value.code == 2
-    said = capsys.readouterr().err.rpartition("error: ")[2]
-    assert section in said
-    assert key in said
+    output = capsys.readouterr().err.rpartition("error: ")[2]
+    assert section in output
+    assert key in output
 
 
 def test_a_misspelled_key_in_a_config_file_is_rejected(tiny, tmp_path, capsys):
@@ -100,8 +100,8 @@ def test_a_default_callback_is_replaced_by_a_callback_of_the_config(tiny, tmp_pa
         "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
     )
     cli = LRMCLI("fit", [*tiny, "-c", str(tmp_path / "own.yaml")], records=False)
-    (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)]
-    assert keeper.every == 7
+    (checkpointing,) = [c for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)]
+    assert checkpointing.every == 7
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def peak_in_training(folder):
 @pytest.mark.slow
 def test_the_estimated_memory_of_a_run_is_accurate_to_15_percent(middle, shards, tmp_path):
     # A new process is required because the memory of Python and the libraries is part of the estimate.
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "lrm_pl", "estimate", middle],
         capture_output=True,
         text=True,
@@ -78,7 +78,7 @@ def test_the_estimated_memory_of_a_run_is_accurate_to_15_percent(middle, shards,
     )
     done = fit(["-c", middle, "--data.folder", str(shards), "--run.folder", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr[-3000:]
-    estimated = cells(said.stdout, "cpu")[4] * 1e9
+    estimated = cells(output.stdout, "cpu")[4] * 1e9
     assert estimated == pytest.approx(peak_in_training(tmp_path / "run"), rel=0.15)
 
 
@@ -92,9 +92,9 @@ def test_an_out_of_memory_error_prints_the_estimate_command(middle, shards, tmp_
     lrm, command, *typed = shlex.split(done.stderr.rstrip().splitlines()[-1])
     assert (lrm, command) == ("lrm", "estimate")
     estimate(typed)
-    said = capsys.readouterr().out
-    now = float(re.search(r"estimated: ([\d.]+) GB per process\. Settings that reduce it most:", said)[1])
-    remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", said, re.MULTILINE)
+    output = capsys.readouterr().out
+    now = float(re.search(r"estimated: ([\d.]+) GB per process\. Settings that reduce it most:", output)[1])
+    remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", output, re.MULTILINE)
     assert len(remedies) == 3
     assert all(float(less) < now for _, less, _ in remedies)
     assert "--trainer.accumulate_grad_batches=2" in [option for option, _, _ in remedies]
@@ -104,31 +104,33 @@ def test_an_estimate_for_many_gpus_recommends_a_strategy(middle, capsys):
     estimate(
         [middle, *SHALLOW, "--gpus", "8", "--gpus-per-node", "4", "--every-rank", "--data.batch_size", "16"]
     )
-    said = capsys.readouterr().out
-    assert "fsdp2: checked the shards of 8 of 8 processes" in said
-    assert "hsdp: checked the shards of 8 of 8 processes" in said
-    ddp, fsdp2, hsdp = (cells(said, name) for name in ("ddp", "fsdp2", "hsdp"))
+    output = capsys.readouterr().out
+    assert "fsdp2: checked the shards of 8 of 8 processes" in output
+    assert "hsdp: checked the shards of 8 of 8 processes" in output
+    ddp, fsdp2, hsdp = (cells(output, name) for name in ("ddp", "fsdp2", "hsdp"))
     assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights
     assert ddp[2] > hsdp[2] >= fsdp2[2]  # moments
-    assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", said)
-    assert "Times are estimated, not measured" in said
+    assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", output)
+    assert "Times are estimated, not measured" in output
     best = re.search(
-        r"Recommended: (\w+), .*; ([\d.]+)-([\d.]+) s per step, MFU ([\d.]+)-([\d.]+) \(estimated, not", said
+        r"Recommended: (\w+), .*; ([\d.]+)-([\d.]+) s per step, MFU ([\d.]+)-([\d.]+) \(estimated, not",
+        output,
     )
     assert float(best[2]) < float(best[3])
-    row = next(line for line in said.splitlines() if line.startswith(f"│ {best[1]} "))
+    row = next(line for line in output.splitlines() if line.startswith(f"│ {best[1]} "))
     assert re.search(r"│ +[\d.]+-[\d.]+ │ +[\d.]+(-[\d.]+)? │ +[\d.]+-[\d.]+ (s|min|h) │$", row)
 
 
 def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
     estimate([middle])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     forward = {
-        name: cells(said, f"forward, {name}")[-1] for name in ("encoder", "transformer", "renderer", "losses")
+        name: cells(output, f"forward, {name}")[-1]
+        for name in ("encoder", "transformer", "renderer", "losses")
     }
-    both = cells(said, "forward + backward")[-1]
+    both = cells(output, "forward + backward")[-1]
     assert both == pytest.approx(3 * sum(forward.values()), rel=0.01)
-    assert cells(said, "executed, with recomputation")[-1] > both
+    assert cells(output, "executed, with recomputation")[-1] > both
 
 
 @pytest.mark.parametrize(
@@ -164,23 +166,23 @@ def test_invalid_arguments_are_rejected_with_a_remedy(middle, arguments, message
 )
 def test_the_fused_optimizer_is_estimated_only_if_the_run_uses_it(middle, capsys, precision, optimizer):
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "4090", "--trainer.precision", precision])
-    said = capsys.readouterr().out
-    assert optimizer in said
-    assert "1 x GeForce RTX 4090 in 1 node;" in said
+    output = capsys.readouterr().out
+    assert optimizer in output
+    assert "1 x GeForce RTX 4090 in 1 node;" in output
 
 
 def test_the_fraction_of_hit_rays_is_measured_on_available_data(middle, shards, capsys):
     estimate([middle, *SHALLOW, "--data.folder", str(shards)])
-    said = capsys.readouterr().out
-    assert "(cameras of 4 training objects)" in said
-    assert said.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on CPUs, too"
+    output = capsys.readouterr().out
+    assert "(cameras of 4 training objects)" in output
+    assert output.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on CPUs, too"
 
 
 def test_settings_with_less_memory_are_listed_for_a_small_gpu(middle, capsys, monkeypatch):
     small = dataclasses.replace(require_gpu("l4"), memory=0.7e9)
     monkeypatch.setattr("lrm_pl.apps.estimate.require_gpu", lambda _: small)
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "l4"])
-    said = capsys.readouterr().out
-    assert "too much" in said
-    assert "No strategy fits into memory." in said
-    assert said.count(" GB  (") == 3
+    output = capsys.readouterr().out
+    assert "too much" in output
+    assert "No strategy fits into memory." in output
+    assert output.count(" GB  (") == 3

@@ -77,10 +77,10 @@ pytestmark = pytest.mark.filterwarnings("default")
 def test_invalid_settings_are_rejected_with_one_message(here, options, message):
     with pytest.raises(SystemExit) as refused:
         main(["fit", *here, *options])
-    said = str(refused.value.code)
-    assert said.startswith("lrm: ")
-    assert message in said
-    assert "\n" not in said
+    output = str(refused.value.code)
+    assert output.startswith("lrm: ")
+    assert message in output
+    assert "\n" not in output
 
 
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
@@ -120,8 +120,8 @@ def test_the_config_of_a_run_starts_a_new_run(run, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     new = tmp_path / "runs/lrm/version_0"
     assert len(list_checkpoints(str(new / "checkpoints"))) == 1
-    told = yaml.safe_load((new / "config.yaml").read_text())
-    assert (told["run"]["folder"], told["model"]["optimizer"]["lr"]) == (None, 1e-3)
+    logged = yaml.safe_load((new / "config.yaml").read_text())
+    assert (logged["run"]["folder"], logged["model"]["optimizer"]["lr"]) == (None, 1e-3)
     assert next((tmp_path / "runs").rglob("events.out*")).parent == new
 
 

@@ -21,15 +21,15 @@ pytestmark = pytest.mark.filterwarnings("default")
 def test_hyperparameters_and_report_metrics_are_logged_to_tensorboard(here, tmp_path):
     line = command_line(["fit", *here, "--run.folder=run", "--model.optimizer.lr=3e-4"])
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    told = {}
+    logged = {}
     for name, content in events.PluginTagToContent("hparams").items():
-        told[name.rpartition("/")[2]] = HParamsPluginData.FromString(content)
-    values = told["session_start_info"].session_start_info.hparams
+        logged[name.rpartition("/")[2]] = HParamsPluginData.FromString(content)
+    values = logged["session_start_info"].session_start_info.hparams
     assert values["model.optimizer.lr"].number_value == 3e-4
     assert values["trainer.callbacks.CheckpointAndResume.every"].number_value == 500
     assert values["model.objective.lpips_start_step"].number_value == 0
     assert values["commit"].string_value == git_commit()
-    metrics = {info.name.tag for info in told["experiment"].experiment.metric_infos}
+    metrics = {info.name.tag for info in logged["experiment"].experiment.metric_infos}
     assert {"val/heldout/psnr_pooled", "report/heldout/psnr_pooled", "report/unseen/lpips"} <= metrics
     (point,) = events.Scalars("report/heldout/psnr_pooled")
     assert point.step == 2
@@ -45,10 +45,10 @@ def test_hyperparameters_and_report_metrics_are_logged_to_every_logger(here, roo
         "--trainer.logger+=tests.integration.user_classes.OtherLogger",
     ]
     line = command_line(["fit", *here, *loggers, "--run.folder=run", "--data.batch_size=1"])
-    told = yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())
-    assert (told["data.batch_size"], told["commit"]) == (1, git_commit())
-    assert told["trainer.logger"] == "CSVLogger, OtherLogger"
-    assert line.trainer.loggers[1].params == told
+    logged = yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())
+    assert (logged["data.batch_size"], logged["commit"]) == (1, git_commit())
+    assert logged["trainer.logger"] == "CSVLogger, OtherLogger"
+    assert line.trainer.loggers[1].params == logged
     rows = list(csv.reader((tmp_path / "run/metrics.csv").read_text().splitlines()))
     last = dict(zip(rows[0], rows[-1], strict=True))
     assert last["step"] == "2"

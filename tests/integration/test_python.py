@@ -116,9 +116,9 @@ def test_checkpoint_and_resume_resumes_without_the_command_line(fit, tmp_path):
     assert len(list_checkpoints(str(tmp_path / "plain/checkpoints"))) == 2
     with pytest.raises(InputError, match="expected one checkpoint to resume from, but found ckpt_path"):
         fit(6, CheckpointAndResume(), ckpt_path=tmp_path / "at-4.ckpt")
-    keeper = CheckpointAndResume(folder=str(tmp_path / "plain/checkpoints"))
+    checkpointing = CheckpointAndResume(folder=str(tmp_path / "plain/checkpoints"))
     with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 2"):
-        keeper.choose("never")
+        checkpointing.choose("never")
 
 
 class Poison(L.Callback):
@@ -129,8 +129,8 @@ class Poison(L.Callback):
             parameter.grad.fill_(math.nan)
 
 
-class Told(L.Callback):
-    """Tells this process to stop after two steps."""
+class SignalAfterTwoSteps(L.Callback):
+    """Sends SIGTERM to this process after two steps."""
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 2:
@@ -142,7 +142,7 @@ class Told(L.Callback):
     [
         (Poison(), 40, DivergedError, "found 10 bad ones in a row by step 10"),
         (
-            Told(),
+            SignalAfterTwoSteps(),
             4,
             StoppedError,
             "stopped by a signal after step 2. The state was saved in .*step-00000002",

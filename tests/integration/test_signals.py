@@ -54,18 +54,18 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_from_it(here, tmp_path):
         text=True,
         start_new_session=True,
     )
-    said = []
+    output = []
     assert process.stdout is not None
-    reader = threading.Thread(target=lambda: said.extend(process.stdout))
+    reader = threading.Thread(target=lambda: output.extend(process.stdout))
     reader.start()
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
-        assert time.monotonic() < deadline, said
+        assert time.monotonic() < deadline, output
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 75, "".join(said)
+    assert process.wait(60) == 75, "".join(output)
     reader.join()
-    text = "".join(said)
+    text = "".join(output)
     assert "Stopping after this step with a checkpoint. Press Ctrl-C again" in text
     assert "stopped by a signal after step" in text
     assert "Traceback" not in text
@@ -167,7 +167,7 @@ def test_a_closed_pipe_does_not_change_the_exit_status(root):
 
 def test_output_to_a_closed_stdout_is_discarded(root, tmp_path):
     code = "import os, sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
-    code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
+    code += "file = open(sys.argv[1], 'wb'); print('output', flush=True); os.system('echo output')"
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
     subprocess.run(closed, cwd=root, check=True, timeout=60)
     assert (tmp_path / "file").read_bytes() == b""
@@ -197,7 +197,7 @@ def test_a_signal_during_the_report_exits_with_the_status_of_a_stopped_run(here,
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.SignalAfterTraining"])
     assert stopped.value.code == 75
-    said = capsys.readouterr().err
-    assert "a signal stopped the report after the last step. The checkpoint is " in said
-    assert "To print the report, start the same command with --run.folder" in said
+    output = capsys.readouterr().err
+    assert "a signal stopped the report after the last step. The checkpoint is " in output
+    assert "To print the report, start the same command with --run.folder" in output
     assert signal.getsignal(signal.SIGUSR1) is before

@@ -133,9 +133,9 @@ def test_doctor_checks_both_nodes_and_prints_one_table(here, root, shards):
     )
     assert done.returncode != 0, "a batch of 3 is not divisible by 2 processes"
     found = [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")]
-    said = " ".join(found)  # cells are folded
+    output = " ".join(found)  # cells are folded
     assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr
-    assert f"{here}/runs: shared by all nodes" in said
+    assert f"{here}/runs: shared by all nodes" in output
     assert "use 2 or 4 objects per optimizer step" in done.stdout
-    assert "expected a file at none.pth, but found none" in said
+    assert "expected a file at none.pth, but found none" in output
     assert not list(here.rglob(".doctor-*")), "the tokens are removed"

@@ -61,8 +61,8 @@ def test_the_page_shows_the_field_and_the_cameras_and_loads_new_checkpoints(
         assert page.get_by_text("step-00000002, step 2").is_visible(), "the selected checkpoint stays"
         page.close()
     finally:
-        said = server.kill()
-    assert "Traceback" not in said
+        output = server.kill()
+    assert "Traceback" not in output
 
 
 def test_a_missing_run_or_data_set_is_an_error(run):

@@ -77,18 +77,18 @@ def test_a_run_with_all_requirements_passes_and_a_run_without_shards_fails(confi
     file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
     given = ["-c", config, f"--weights.lpips_alex.path={file}", f"--weights.lpips_alex.sha256={digest}"]
-    status, said = run(capsys, *given)
-    assert status == 0, said
-    assert "4 training objects, 2 held out" in said
-    status, said = run(capsys, *given, f"--data.folder={outside / 'none'}")
+    status, output = run(capsys, *given)
+    assert status == 0, output
+    assert "4 training objects, 2 held out" in output
+    status, output = run(capsys, *given, f"--data.folder={outside / 'none'}")
     assert status == 1
-    assert f"missing: shards: run `make render-shards OUT={outside / 'none'}`" in said
+    assert f"missing: shards: run `make render-shards OUT={outside / 'none'}`" in output
 
 
 def test_an_indivisible_batch_size_is_reported_with_divisible_sizes(config, capsys):
-    status, said = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
+    status, output = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
     assert status == 1
-    assert "use 4 or 8 objects per optimizer step" in said
+    assert "use 4 or 8 objects per optimizer step" in output
 
 
 def test_the_batch_size_must_be_divisible_by_accumulated_batches(requirements):
@@ -139,10 +139,10 @@ def test_encoder_weights_are_checked_if_the_encoder_is_pretrained(config):
 
 
 def test_invalid_arguments_of_fit_are_reported_in_the_table(config, capsys):
-    status, said = run(capsys, "-c", config, "--trainer.devicess=2")
+    status, output = run(capsys, "-c", config, "--trainer.devicess=2")
     assert status == 1
-    assert "missing: config: correct them; see `lrm fit --help`" in said
-    assert "devicess" in said
+    assert "missing: config: correct them; see `lrm fit --help`" in output
+    assert "devicess" in output
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,15 @@ def test_too_few_views_or_objects_are_reported(requirements):
 
 
 @pytest.mark.parametrize(
-    ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalize": "cube"}, "'cube'")]
+    ("render", "output"), [({"resolution": 24}, "found 24"), ({"normalize": "cube"}, "'cube'")]
 )
-def test_shards_that_fit_would_reject_are_reported(requirements, shards, tmp_path, render, said):
+def test_shards_that_fit_would_reject_are_reported(requirements, shards, tmp_path, render, output):
     copy = shutil.copytree(shards, tmp_path / "copy")
     manifest = read_manifest(copy)
     write_manifest(copy, dataclasses.replace(manifest, render=manifest.render | render))
     (finding,) = inputs.shards(dataclasses.replace(requirements, sets=(DataSet(str(copy)),)))
     assert finding.verdict == "missing"
-    assert said in finding.found
+    assert output in finding.found
 
 
 def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
@@ -282,9 +282,9 @@ def test_different_findings_of_a_uniform_check_are_reported():
 
 def test_the_table_escapes_brackets_and_passes_with_warnings(capsys):
     assert print_table(merge_findings({"": [Finding("a", "[/red] n[0-1]", warning="see [this]")]}))
-    said = capsys.readouterr().out
-    assert "[/red] n[0-1]" in said
-    assert "warning: a: see [this]" in said
+    output = capsys.readouterr().out
+    assert "[/red] n[0-1]" in output
+    assert "warning: a: see [this]" in output
 
 
 def test_findings_can_be_converted_to_json():
@@ -339,6 +339,6 @@ def test_an_unresolvable_name_of_the_first_node_is_reported(config, monkeypatch,
         monkeypatch.setenv(name, value)
     address = "no.such.host.invalid", 15005
     monkeypatch.setattr("lrm_pl.cluster.checks.nodes.rendezvous_address", lambda: address)
-    status, said = run(capsys, "-c", config)
+    status, output = run(capsys, "-c", config)
     assert status == 1
-    assert "make the name no.such.host.invalid resolve to the first node" in said
+    assert "make the name no.such.host.invalid resolve to the first node" in output

@@ -47,8 +47,8 @@ def test_a_job_is_requeued_only_after_its_time_limit(checkout, note, status, req
         exec() {{ echo "$@"; exit; }}
     """
     with run_job(checkout, stand_ins, a_launch()) as job:
-        said = job.stdout.read()
-    assert ("scontrol requeue 17" in said) == requeued, said
+        output = job.stdout.read()
+    assert ("scontrol requeue 17" in output) == requeued, output
     assert job.returncode == (0 if requeued else status)
     assert (checkout / "runs/mine-1/.requeue").exists() == (note and not requeued), (
         "a remaining note would requeue the job twice"
@@ -73,9 +73,9 @@ def test_at_the_time_limit_a_job_is_requeued_at_once_and_a_cancelled_job_waits_f
             assert time.monotonic() < until
             time.sleep(0.02)
         job.terminate()
-        said = job.stdout.read().splitlines()
-    assert found in said
-    assert ("scontrol requeue 17" in said) == note
+        output = job.stdout.read().splitlines()
+    assert found in output
+    assert ("scontrol requeue 17" in output) == note
     assert job.returncode == (0 if note else 75)
 
 

@@ -23,10 +23,10 @@ def test_arguments_are_passed_unchanged_through_the_job_script(checkout):
     srun = "srun() { printf '%s\\n' \"$@\"; }\n"
     launch = a_launch(arguments=nasty, data="data/$(touch pwned)")
     with run_job(checkout, srun, launch, cache=Path("/x; touch pwned")) as job:
-        said = job.stdout.read().splitlines()
-    assert tuple(said[-len(nasty) :]) == nasty
-    assert "--cpus-per-task=6" in said
-    assert "data/$(touch pwned)" in said
+        output = job.stdout.read().splitlines()
+    assert tuple(output[-len(nasty) :]) == nasty
+    assert "--cpus-per-task=6" in output
+    assert "data/$(touch pwned)" in output
     assert not (checkout / "pwned").exists()
 
 
@@ -72,13 +72,13 @@ def test_several_nodes_without_slurm_print_one_command_with_a_placeholder_for_th
     ]
 
 
-@pytest.mark.parametrize("asked", [["--nodes=8"], ["--partition=gpu"]])
-def test_a_dry_run_prints_the_sbatch_command_without_slurm(no_slurm, capsys, asked):
-    main([*asked, "--gpus=8", "-c", "mine.yaml", "--dry-run"])
-    said = capsys.readouterr().out
-    assert " --gres=gpu:8 " in said
-    assert " --cpus-per-task=CPUS " in said
-    assert "This machine has no `sbatch`, so CPUS is a placeholder" in said
+@pytest.mark.parametrize("options", [["--nodes=8"], ["--partition=gpu"]])
+def test_a_dry_run_prints_the_sbatch_command_without_slurm(no_slurm, capsys, options):
+    main([*options, "--gpus=8", "-c", "mine.yaml", "--dry-run"])
+    output = capsys.readouterr().out
+    assert " --gres=gpu:8 " in output
+    assert " --cpus-per-task=CPUS " in output
+    assert "This machine has no `sbatch`, so CPUS is a placeholder" in output
     assert not Path("runs").exists()
 
 
@@ -114,8 +114,8 @@ def test_the_number_of_gpus_is_read_from_a_hidden_partition_or_the_partition_in_
         main(["--nodes=2", "--partition=cpu", "-c", "mine.yaml", "--dry-run"])
         assert " --partition=cpu " in capsys.readouterr().out, "an option overrides the variable"
     main(["--nodes=2", *(["--partition=gpu"] if named == "option" else []), "-c", "mine.yaml", "--dry-run"])
-    said = capsys.readouterr().out
-    assert " --gres=gpu:4 --partition=gpu " in said
+    output = capsys.readouterr().out
+    assert " --gres=gpu:4 --partition=gpu " in output
 
 
 def test_two_nodes_without_slurm_and_master_are_an_error_with_a_remedy(no_slurm, capsys):
@@ -153,9 +153,9 @@ def test_master_does_not_use_slurm(checkout, monkeypatch, capsys):
 )
 def test_a_single_node_is_started_locally_with_the_default_strategy(no_slurm, capsys, arguments, strategy):
     main([*arguments, "-c", "mine.yaml", "--dry-run"])
-    said = capsys.readouterr().out
-    assert "torch.distributed.run --standalone" in said
-    assert f" -c configs/trainer/{strategy}.yaml -c mine.yaml --trainer" in said, (
+    output = capsys.readouterr().out
+    assert "torch.distributed.run --standalone" in output
+    assert f" -c configs/trainer/{strategy}.yaml -c mine.yaml --trainer" in output, (
         "the config overrides the default strategy"
     )
     assert not Path("runs").exists(), "a dry run writes nothing"
@@ -163,9 +163,9 @@ def test_a_single_node_is_started_locally_with_the_default_strategy(no_slurm, ca
 
 def test_a_given_strategy_and_data_folder_override_the_config(no_slurm, capsys):
     main(["--gpus=2", "--strategy=gpu", "--data=data/mine", "-c", "mine.yaml", "--dry-run"])
-    said = capsys.readouterr().out
-    assert " fit -c mine.yaml -c configs/trainer/gpu.yaml --trainer" in said
-    assert " --data.folder data/mine " in said
+    output = capsys.readouterr().out
+    assert " fit -c mine.yaml -c configs/trainer/gpu.yaml --trainer" in output
+    assert " --data.folder data/mine " in output
     main(["--gpus=2", "-c", "mine.yaml", "--dry-run"])
     assert "--data.folder" not in capsys.readouterr().out
 
@@ -197,7 +197,7 @@ def group(checkout, root):
 
 
 @pytest.mark.parametrize(
-    ("ends", "status", "said"),
+    ("ends", "status", "output"),
     [
         pytest.param("sys.exit(0)", 0, "", marks=pytest.mark.soak),
         ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
@@ -210,7 +210,7 @@ def group(checkout, root):
     ],
 )
 def test_the_launcher_prints_no_traceback_after_the_messages_of_its_processes(
-    group, ends, status, said, tmp_path, monkeypatch
+    group, ends, status, output, tmp_path, monkeypatch
 ):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -219,7 +219,7 @@ def test_the_launcher_prints_no_traceback_after_the_messages_of_its_processes(
     assert process.returncode == status, printed
     assert not list((tmp_path / "temporary").iterdir()), "no temporary files remain"
     # The launcher may stop the other process before that process prints its message.
-    assert set(printed.replace("process 1", "process 0").splitlines()) == set(said.splitlines())
+    assert set(printed.replace("process 1", "process 0").splitlines()) == set(output.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -317,8 +317,8 @@ def test_the_printed_commands_of_two_nodes_rendezvous(checkout, root):
         for line in lines
     ]
     try:
-        said = [node.communicate(timeout=100)[0] for node in nodes]
+        output = [node.communicate(timeout=100)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert all("sum 3" in text for text in said), said
+    assert all("sum 3" in text for text in output), output
