@@ -1,7 +1,7 @@
 """Check the requirements of a run on every node, and print what is missing (`make doctor`).
 
-The arguments of `lrm fit` are accepted. With ``--nodes``, the checks run on several nodes, which Slurm starts. Inside a
-Slurm job, use ``srun lrm doctor ...`` instead. The first node prints one table for all nodes.
+The arguments of `lrm fit` are accepted. With `--nodes`, Slurm runs the checks on several nodes. Inside a Slurm job, use
+`srun lrm doctor ...` instead. The first node prints one table for all nodes.
 """
 
 import argparse

@@ -156,8 +156,12 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add("--data", default="", help="folder of the shards (default: the folder in the config)")
     add("--name", default="", help="name of the run in runs/; an existing run is resumed")
-    add("--strategy", default="", help=f"file in {STRATEGIES} that overrides the config (default: chosen)")
-    add("--time", default="24:00:00", help="time limit of one start of the job (default: %(default)s)")
+    add("--strategy", default="", help=f"name of a file in {STRATEGIES} that overrides the config")
+    add(
+        "--time",
+        default="24:00:00",
+        help="time limit, after which the job is requeued (default: %(default)s)",
+    )
     add("--master", default="", help="address[:port] of the first node, to start without Slurm")
     add("--dry-run", action="store_true", help="print the command without running it")
     return parser
@@ -167,7 +171,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the processes of a run, which ``lrm launch`` and ``lrm doctor`` share."""
     slurm.add_options(parser)
     parser.add_argument("--processes", type=int, help="processes per node on CPUs (default: 1)")
-    parser.add_argument("--container", default="", help="container image, which pyxis runs")
+    parser.add_argument("--container", default="", help="container image for pyxis")
 
 
 def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:

@@ -56,11 +56,11 @@ def checked(field: str, value: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that select the nodes of a job."""
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
+    add("--nodes", type=int, default=1, help="number of nodes (default: 1)")
     add("--gpus", type=int, help="GPUs per node, or 0 for CPUs (default: as reported by Slurm)")
     partition = os.environ.get("SBATCH_PARTITION", "")
     add("--partition", default=partition, help="Slurm partition (default: SBATCH_PARTITION)")
-    add("--account", default="", help="Slurm account (default: the default of Slurm)")
+    add("--account", default="", help="Slurm account (default: the account that Slurm selects)")
 
 
 def quoted(words: Sequence[str]) -> str:
