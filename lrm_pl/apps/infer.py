@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import Progress, TaskID
 
 from lrm_pl.apps.options import add_background, add_fields, add_model, load_pipeline
 from lrm_pl.errors import InputError, counted, exit_on_error
@@ -73,13 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     if skipped:
         console.print(f"Skipped files without an image suffix: {', '.join(map(str, skipped))}")
     failed = 0
-    columns = (
-        TextColumn("{task.description:<28}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(images))
         for name, image in images.items():
             out = args.out / name
@@ -98,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
-    bar.update(task, description=f"{name}: {stage}")
+    bar.update(task, description=escape(f"{name}: {stage}"))
 
 
 def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:

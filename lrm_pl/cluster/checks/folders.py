@@ -1,5 +1,6 @@
 """Checks whether folders are writable, have enough free space, and are shared by all nodes."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -54,11 +55,9 @@ def write_token(folder: Path, job: str, node: str) -> None:
 
     Errors are ignored because ``writable`` reports the reason and the other nodes report the missing token.
     """
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         token(folder, job, node).write_text(node)
-    except OSError:
-        return
 
 
 def unseen_tokens(folder: Path, job: str, nodes: Sequence[str], timeout_s: float) -> list[str]:
