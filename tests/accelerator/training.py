@@ -95,7 +95,7 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(
-        "lrm_pl.cli.weights.pretrained_perceptual_loss", lambda net, **_: smooth(networks[net])
+        "lrm_pl.cli.run_start.pretrained_perceptual_loss", lambda net, **_: smooth(networks[net])
     )
     cli = LRMCLI("fit", 
         ["-c", str(folder / "config.yaml"), "--data.folder", str(shards), "--run.folder", str(folder / "run"),
