@@ -65,6 +65,13 @@ _MIN_SIDE = 8
 _UNIFORM_RANGE = 8
 
 
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
 class ImageError(InputError):
     """Error raised if an image is missing, damaged, unsupported or unusable."""
 

@@ -20,7 +20,8 @@ from lrm_pl.data.batch import Batch, PackedBatch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import counted
-from lrm_pl.evaluation.baselines import resize_images, sum_images
+from lrm_pl.evaluation.baselines import sum_images
+from lrm_pl.evaluation.objects import resize_images
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule

@@ -1,24 +1,30 @@
 """Comparison of two evaluations by paired differences. This module does not import torch."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.page import render_comparison
-from lrm_pl.evaluation.protocols import PROTOCOLS, metrics_of
+from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, metrics_of
 from lrm_pl.evaluation.records import (
     DEFAULT_FOLDER,
     OBJECTS_NAME,
     RESULTS_NAME,
     SETTINGS_NAME,
     ObjectRecord,
+    damaged_file,
     read_json,
     read_object,
     without_locations,
 )
-from lrm_pl.evaluation.summary import means, paired_differences, table
+from lrm_pl.evaluation.summary import (
+    difference_cells,
+    markdown,
+    mean_cells,
+    means,
+    paired_differences,
+)
 from lrm_pl.paths import require_out
 
 PAGE_NAME, TABLE_NAME = "comparison.html", "comparison.md"
@@ -39,68 +45,55 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
         InputError: The evaluations are not finished or differ in protocol, data or metrics, or the output folder is
             in use.
     """
-    settings = [_finished(folder) for folder in (a, b)]
+    (protocol, source_a, settings_a, records_a), (_, source_b, settings_b, records_b) = map(_read, (a, b))
     for name in ("protocol", "data", "lpips", "clip"):
-        sides: list[Any] = [without_locations(found).get(name) for found in settings]
-        of_a, of_b = sides
+        of_a, of_b = (without_locations(found).get(name) for found in (settings_a, settings_b))
         if of_a != of_b:
-            if name == "protocol" and of_a["name"] != of_b["name"]:
-                of_a, of_b = of_a["name"], of_b["name"]
+            if isinstance(of_a, dict) and isinstance(of_b, dict):
+                different = [key for key in of_a | of_b if of_a.get(key) != of_b.get(key)]
+                of_a, of_b = ({key: found.get(key) for key in different} for found in (of_a, of_b))
             raise InputError(expected=f"two evaluations with the same {name}", found=f"{of_a} and {of_b}")
-    protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
-    found = common_objects(*(_records(*each) for each in zip((a, b), settings, strict=True)))
-    differences = paired_differences(*found)
+    pairs = pair_records(records_a, records_b)
+    differences = paired_differences(pairs)
     better = metrics_of(protocol)
-    rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
+    rows = means(pairs)
     first = next(metric for metric in better if metric in differences)
-    of_b = {
-        record.id: record.rows["model"][first] for record in found[1] if first in record.rows.get("model", {})
-    }
-    widest = sorted(
-        (record for record in found[0] if first in record.rows.get("model", {}) and record.id in of_b),
-        key=lambda record: -abs(of_b[record.id] - record.rows["model"][first]),
+    by_difference = sorted(
+        (pair for pair in pairs if first in pair.rows["A"]),
+        key=lambda pair: -abs(pair.rows["B"][first] - pair.rows["A"][first]),
     )
-    names = f"A: {settings[0]['network']['source']}", f"B: {settings[1]['network']['source']}"
-    lines = ["| B - A | mean | 95 % interval | objects |", "|---|---:|---:|---:|"]
-    for metric in (metric for metric in better if metric in differences):
-        d = differences[metric]
-        lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
-    summary = "\n".join([*names, "", table(rows, better), "", *lines])
+    names = f"A: {source_a}", f"B: {source_b}"
+    tables = markdown(mean_cells(rows, better)), markdown(difference_cells(differences, better))
+    summary = "\n".join([*names, "", tables[0], "", tables[1]])
     text = (summary + "\n").encode()
     folder = out or DEFAULT_FOLDER / f"{a.absolute().name}-{b.absolute().name}"
     require_out(folder)
     if out is None and (folder / TABLE_NAME).is_file() and (folder / TABLE_NAME).read_bytes() != text:
         raise InputError(expected=f"no other comparison in {folder}", found="one", remedy="pass --out FOLDER")
-    page = render_comparison(
-        f"Comparison: {protocol.name}; {names[0]}, {names[1]}",
-        ("A", "B"),
-        rows,
-        better,
-        differences,
-        (a, b),
-        widest,
-    )
+    title = f"Comparison: {protocol.name}; {names[0]}, {names[1]}"
+    page = render_comparison(title, rows, better, differences, {"A": a, "B": b}, by_difference)
     write_atomically(folder / PAGE_NAME, page.encode())
     write_atomically(folder / TABLE_NAME, text)
     return summary, folder / PAGE_NAME
 
 
-def common_objects(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
-    """Restrict the records of two evaluations to the objects and metrics that both evaluations contain."""
-    metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
-    both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
-    return [
-        [
-            dataclasses.replace(record, rows={"model": {m: record.rows["model"][m] for m in both[record.id]}})
-            for record in records
-            if both.get(record.id)
-        ]
-        for records in (a, b)
-    ]
+def pair_records(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[ObjectRecord]:
+    """Return records with the metrics of the model in two evaluations (rows "A" and "B").
+
+    Only objects and metrics that both evaluations contain are included.
+    """
+    of_b = {record.id: record.rows.get("model", {}) for record in b}
+    pairs = []
+    for record in a:
+        row, other = record.rows.get("model", {}), of_b.get(record.id, {})
+        if shared := [metric for metric in row if metric in other]:
+            both = {"A": {m: row[m] for m in shared}, "B": {m: other[m] for m in shared}}
+            pairs.append(ObjectRecord(record.id, both))
+    return pairs
 
 
-def _finished(folder: Path) -> dict[str, Any]:
-    """Read the settings of a finished evaluation."""
+def _read(folder: Path) -> tuple[Protocol, str, dict[str, Any], list[ObjectRecord]]:
+    """Return the protocol, the source of the model, the settings and the records of a finished evaluation."""
     if not (folder / RESULTS_NAME).is_file():
         raise InputError(
             expected=f"a finished evaluation in {folder}",
@@ -108,32 +101,16 @@ def _finished(folder: Path) -> dict[str, Any]:
             remedy=f"run `lrm evaluate --out {folder} ...`",
         )
     settings = read_json(folder / SETTINGS_NAME)
-    try:
-        known = settings["protocol"]["name"] in PROTOCOLS
-        known &= isinstance(settings["network"]["source"], str) and isinstance(
-            settings["data"]["objects"], int
-        )
-    except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(
-            subject=folder / SETTINGS_NAME,
-            expected="the settings of an evaluation",
-            found="other content",
-            remedy=f"delete {folder} and run `lrm evaluate` again",
-        )
-    return settings
-
-
-def _records(folder: Path, settings: dict[str, Any]) -> list[ObjectRecord]:
-    """Read all records of a finished evaluation."""
+    with damaged_file(folder / SETTINGS_NAME, "the settings of an evaluation"):
+        protocol, source = PROTOCOLS[settings["protocol"]["name"]], str(settings["network"]["source"])
+        objects = int(settings["data"]["objects"])
     paths = sorted((folder / OBJECTS_NAME).glob("*.json"))
     records = [record for path in paths if (record := read_object(folder, path.stem)) is not None]
-    if len(records) != settings["data"]["objects"]:
+    if len(records) != objects:
         raise InputError(
             subject=folder,
-            expected=f"{settings['data']['objects']} evaluated objects",
+            expected=f"{objects} evaluated objects",
             found=len(records),
             remedy="run the same `lrm evaluate` command again to resume",
         )
-    return records
+    return protocol, source, settings, records

@@ -12,8 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lrm_pl.errors import InputError
-from lrm_pl.paths import hash_file
-from lrm_pl.weights.key_map import read_tensor_file
+from lrm_pl.weights.encoders import load_encoder_file
 from lrm_pl.weights.resolve import resolve
 
 #: Name of OpenAI's CLIP ViT-B/32 in timm, the usual encoder of CLIP similarity in papers.
@@ -43,15 +42,10 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
     """
     import timm
 
-    if not path.is_file() or (found := hash_file(path)) != sha256.lower():
-        raise InputError(
-            expected=f"CLIP's image encoder at {path} with sha256 {sha256}",
-            found="no file" if not path.is_file() else found,
-            remedy=f"timm's {CLIP_NAME} on the Hugging Face hub has it (model.safetensors)",
-        )
+    state = load_encoder_file(CLIP_NAME, path, sha256)
     network = timm.create_model(CLIP_NAME.partition(".")[0], pretrained=False, num_classes=512)
     try:
-        network.load_state_dict(read_tensor_file(path, "CLIP"), strict=True)
+        network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise InputError(
             subject=path, expected=f"the state dict of timm's {CLIP_NAME}", found=error

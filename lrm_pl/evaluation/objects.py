@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.data.transforms import sample_rng
 from lrm_pl.evaluation.protocols import Protocol, SurfaceSettings, f_score_name
-from lrm_pl.evaluation.surfaces import PointCloud, SurfaceScores, align, compare_surfaces
-from lrm_pl.geometry.cameras import canonical_rotation, canonicalize
-from lrm_pl.inference.scene import Scene, to_tensor
+from lrm_pl.evaluation.records import ObjectRecord
+from lrm_pl.evaluation.surfaces import PointCloud, align, compare_surfaces
+from lrm_pl.geometry.cameras import PosedCamera, canonical_rotation, canonicalize
+from lrm_pl.images import encode_png
+from lrm_pl.inference.scene import Scene, to_tensor, to_uint8
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.kernels.views import over_white
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -29,8 +33,11 @@ from lrm_pl.progress import stage
 #: Function from images (n, 3, h, w) in [0, 1] to embeddings (n, d).
 Embed = Callable[[Tensor], Tensor]
 
-#: Function from an RGBA input view (4, h, w), a canonical pose and normalized intrinsics to a reconstructed scene.
-Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
+#: Function from an RGBA input view of shape (4, h, w) and its camera to a reconstructed scene, such as a pipeline.
+Reconstruct = Callable[[Tensor, PosedCamera], Scene]
+
+#: Baselines by name. The prediction is an image of shape (3, h, w), or the input view if the value is None.
+Baselines = Mapping[str, Tensor | None]
 
 #: Number of target views in the image strip.
 _SHOWN = 4
@@ -54,62 +61,14 @@ class PerceptualMetrics:
     features: Embed | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ObjectResult:
-    """Metrics and images of one object.
-
-    Attributes:
-        rows: Metrics of the model (key "model") and of each baseline, averaged over the images of the object.
-        strip: Image strip of shape (3, H, W) with the input, and the target and rendering of each shown view.
-        features: Image features of the targets (key "target"), the model and each baseline. Empty if FID and KID are
-            not computed.
-        notes: Reasons for missing metrics.
-    """
-
-    rows: dict[str, dict[str, float]]
-    strip: Float[Tensor, "3 H W"]
-    features: dict[str, Float[np.ndarray, "n d"]]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """File contents of the image strip and the features by file name suffix."""
-        pixels = (self.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="PNG")
-        return {".png": file.getvalue()} | (features_file(self.features) if self.features else {})
-
-
-def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Encode features for ``records.read_features``, and return the file content by file name suffix."""
-    file = io.BytesIO()
-    arrays: dict[str, Any] = {name.replace(" ", "_"): values for name, values in features.items()}
-    np.savez(file, **arrays)
-    return {".npz": file.getvalue()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """Trivial prediction with which the model is compared.
-
-    Attributes:
-        predict: Function from an input image (3, h, w) and targets (n, 3, h, w) to predictions of the same shape as the
-            targets.
-        uses_input: Whether the prediction depends on the input image.
-    """
-
-    predict: Callable[[Tensor, Tensor], Tensor]
-    uses_input: bool
-
-
 @torch.no_grad()
 def measure_object(
     sample: Sample,
     protocol: Protocol,
     reconstruct: Reconstruct,
     perceptual: PerceptualMetrics,
-    baselines: Mapping[str, Baseline],
-) -> ObjectResult:
+    baselines: Baselines,
+) -> tuple[ObjectRecord, dict[str, bytes]]:
     """Reconstruct an object, and compute metrics in float32 without TF32 on the device of the model.
 
     Args:
@@ -117,7 +76,12 @@ def measure_object(
         protocol: Evaluation protocol.
         reconstruct: Function that reconstructs a scene with the model.
         perceptual: Networks of the perceptual metrics.
-        baselines: Baselines by name, which are used only if the protocol compares images.
+        baselines: Baselines, which are used only if the protocol compares images.
+
+    Returns:
+        Record of the object, with metrics averaged over images, and file contents by file name suffix: an image strip
+        with the input, and the target and rendering of each shown view (.png), and image features for FID and KID
+        (.npz).
 
     Raises:
         SampleError: A view cannot be decoded, or the sample has no surface points and the protocol requires them.
@@ -126,17 +90,14 @@ def measure_object(
     targets = decode_over_white(sample, protocol.rendered)
     size = targets.shape[-2], targets.shape[-1]
     predictions: dict[str, list[Tensor]] = {"model": []}
-    surface: dict[str, list[float]] = {}
-    notes = list[str]()
-    strip: Tensor | None = None
+    surface = defaultdict[str, list[float]](list)
+    notes, files = list[str](), dict[str, bytes]()
     for view in protocol.inputs:
         image = decode_over_white(sample, (view,))[0]
-        rgba = input_view(sample, view)
         c2w = canonicalize(torch.from_numpy(sample.c2w[[view, *protocol.rendered]]))
-        fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.rendered]])
-        scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
+        scene = reconstruct_sample(reconstruct, sample, view)
         with stage("views"):
-            renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
+            renders = _render(scene, c2w[1:], torch.from_numpy(sample.fxfycxcy[[*protocol.rendered]]), size)
         if not torch.isfinite(renders).all():
             raise NotFiniteError(
                 subject=f"sample {sample.info.id!r}",
@@ -147,22 +108,23 @@ def measure_object(
         image, targets = image.to(renders.device), targets.to(renders.device)
         predictions["model"].append(renders)
         _add_baselines(predictions, baselines, image, targets)
-        strip = _strip(image, targets, renders) if strip is None else strip
+        if not files:
+            files[".png"] = encode_png(_strip(image, targets, renders))
         if protocol.surface is not None:
-            with stage("surface"):
-                note = _measure_surface(surface, scene, sample, view, protocol.surface)
-            notes += [note] if note else []
-    assert strip is not None, protocol.inputs
-    rows: dict[str, dict[str, float]] = {
-        "model": {name: float(np.mean(values)) for name, values in surface.items()}
-    }
-    features = dict[str, Float[np.ndarray, "n d"]]()
+            try:
+                with stage("surface"):
+                    metrics = _measure_surface(scene, sample, view, protocol.surface)
+            except NoSurfaceError as error:  # the distances are undefined
+                metrics = {f_score_name(threshold): 0.0 for threshold in protocol.surface.thresholds}
+                notes.append(f"view {view}: {error}")
+            for name, value in metrics.items():
+                surface[name].append(value)
+    rows = {"model": {name: float(np.mean(values)) for name, values in surface.items()}}
     if protocol.targets:
-        with stage("metrics"), without_tf32():
-            for name, row in _measure_images(predictions, targets, perceptual).items():
-                rows[name] = rows.get(name, {}) | row
-            features = _features(predictions | {"target": [targets]}, perceptual)
-    return ObjectResult(rows, strip.cpu(), features, tuple(notes))
+        image_rows, features = _measure_images(predictions, targets, perceptual)
+        rows = image_rows | {"model": rows["model"] | image_rows["model"]}
+        files |= features_file(features)
+    return ObjectRecord(sample.info.id, rows, tuple(notes), files=tuple(files)), files
 
 
 @torch.no_grad()
@@ -170,9 +132,9 @@ def measure_baselines(
     sample: Sample,
     protocol: Protocol,
     perceptual: PerceptualMetrics,
-    baselines: Mapping[str, Baseline],
+    baselines: Baselines,
     device: torch.device,
-) -> tuple[dict[str, dict[str, float]], dict[str, Float[np.ndarray, "n d"]]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Compute the metrics of baselines for an object whose model metrics already exist.
 
     Args:
@@ -183,7 +145,7 @@ def measure_baselines(
         device: Device on which metrics are computed.
 
     Returns:
-        Metrics and features of the baselines.
+        Metrics of the baselines, and the features of the targets (key "target") and of the baselines.
 
     Raises:
         SampleError: A view cannot be decoded.
@@ -192,29 +154,33 @@ def measure_baselines(
     predictions = dict[str, list[Tensor]]()
     for view in protocol.inputs:
         _add_baselines(predictions, baselines, decode_over_white(sample, (view,))[0].to(device), targets)
-    with stage("metrics"), without_tf32():
-        return _measure_images(predictions, targets, perceptual), _features(predictions, perceptual)
+    return _measure_images(predictions, targets, perceptual)
+
+
+def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Encode features for ``records.read_features``, and return the file content by file name suffix.
+
+    If there are no features, no file is returned.
+    """
+    if not features:
+        return {}
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {name.replace(" ", "_"): values for name, values in features.items()}
+    np.savez(file, **arrays)
+    return {".npz": file.getvalue()}
 
 
 def _add_baselines(
-    predictions: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
+    predictions: dict[str, list[Tensor]], baselines: Baselines, image: Tensor, targets: Tensor
 ) -> None:
     """Append the predictions of the baselines for one input image.
 
-    Predictions that do not depend on the input image are computed only once.
+    Predictions that do not depend on the input image are added only once.
     """
-    for name, baseline in baselines.items():
-        if baseline.uses_input or name not in predictions:
-            predictions.setdefault(name, []).append(baseline.predict(image, targets))
-
-
-def _features(
-    images: Mapping[str, list[Tensor]], perceptual: PerceptualMetrics
-) -> dict[str, Float[np.ndarray, "n d"]]:
-    """Return the features for FID and KID of the images in each row."""
-    if perceptual.features is None:
-        return {}
-    return {name: perceptual.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
+    for name, constant in baselines.items():
+        if constant is None or name not in predictions:
+            prediction = (image if constant is None else constant).to(targets)
+            predictions.setdefault(name, []).append(resize_images(prediction, targets).expand_as(targets))
 
 
 def true_surface(sample: Sample, view: int, settings: SurfaceSettings) -> PointCloud:
@@ -239,43 +205,26 @@ def true_surface(sample: Sample, view: int, settings: SurfaceSettings) -> PointC
     return truth.normalized() if settings.normalized else truth
 
 
-def _measure_surface(
-    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, settings: SurfaceSettings
-) -> str:
-    """Append the surface metrics of a reconstruction to ``row``.
+def _measure_surface(scene: Scene, sample: Sample, view: int, settings: SurfaceSettings) -> dict[str, float]:
+    """Compute the surface metrics of a reconstruction.
 
-    Returns:
-        Reason why the reconstruction has no surface, or "" if it has a surface.
+    Raises:
+        NoSurfaceError: The reconstruction has no surface.
     """
     truth = true_surface(sample, view, settings)
-    try:
-        mesh = scene.mesh(resolution=settings.resolution)
-    except NoSurfaceError as error:
-        for threshold in settings.thresholds:  # if there are no points, distances are undefined
-            row.setdefault(f_score_name(threshold), []).append(0.0)
-        return f"view {view}: {error}"
+    mesh = scene.mesh(resolution=settings.resolution)
     rng = sample_rng(0, view, sample.info.id)
-    prediction = PointCloud(
-        *sample_surface([(mesh.vertices.astype(np.float64), mesh.faces)], settings.points, rng)
-    )
+    triangles = mesh.vertices.astype(np.float64), mesh.faces
+    prediction = PointCloud(*sample_surface([triangles], settings.points, rng))
     if settings.normalized:
         prediction = prediction.normalized()
     if settings.aligned:
         prediction = align(prediction, truth)
-    add_surface(row, compare_surfaces(prediction, truth, settings.thresholds))
-    return ""
+    return compare_surfaces(prediction, truth, settings.thresholds)
 
 
-def add_surface(row: dict[str, list[float]], scores: SurfaceScores) -> None:
-    """Append the scores of a surface to ``row``, with the names that ``surface_metrics`` defines."""
-    values = {"chamfer": scores.chamfer, "normal_consistency": scores.normal_consistency}
-    values |= {f_score_name(threshold): value for threshold, value in scores.f_scores.items()}
-    for name, value in values.items():
-        row.setdefault(name, []).append(value)
-
-
-def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
-    """Decode an input view as RGBA with straight alpha.
+def reconstruct_sample(reconstruct: Reconstruct, sample: Sample, view: int) -> Scene:
+    """Reconstruct an object from one view with the known camera.
 
     Raises:
         SampleError: The view cannot be decoded or is fully transparent.
@@ -287,7 +236,8 @@ def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
             expected=f"an object in view {view}",
             found="alpha 0 everywhere",
         )
-    return rgba
+    c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))[0]
+    return reconstruct(rgba, PosedCamera(c2w, torch.from_numpy(sample.fxfycxcy[view])))
 
 
 def decode_over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:
@@ -303,67 +253,62 @@ def decode_over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "
     return images
 
 
+def resize_images(
+    images: Float[Tensor, "*n 3 h w"], like: Float[Tensor, "*m 3 H W"]
+) -> Float[Tensor, "*n 3 H W"]:
+    """Resize images to the size of ``like`` by antialiased bilinear interpolation."""
+    size = like.shape[-2:]
+    if images.shape[-2:] == size:
+        return images
+    flat = F.interpolate(images.reshape(-1, *images.shape[-3:]), size, mode="bilinear", antialias=True)
+    return flat.view(*images.shape[:-2], *size)
+
+
 def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
     device = scene.field.planes.device
-    occupancy = scene.occupancy
-    views = []
-    for pose, camera in zip(c2w.to(device), fxfycxcy.to(device), strict=True):
-        with torch.autocast(device.type, torch.bfloat16):
-            pixels = scene.renderer.draw(
-                scene.field, [occupancy], pose[None, None], camera[None, None], (size[0], size[1])
-            )
-        views.append(pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).permute(2, 0, 1))
-    return torch.stack(views)
+    cameras = zip(c2w.to(device), fxfycxcy.to(device), strict=True)
+    return torch.stack([scene.render(pose, size, camera).permute(2, 0, 1) for pose, camera in cameras])
 
 
 def _measure_images(
     predictions: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
-) -> dict[str, dict[str, float]]:
-    """Compute the image metrics of all predictions."""
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in predictions}
-    for start in range(0, len(targets), _IMAGES):
-        target = targets[start : start + _IMAGES]
-        target_features = {name: _features_of(network, target) for name, network in perceptual.lpips.items()}
-        clip = None if perceptual.clip is None else perceptual.clip(target)
-        for name, row in values.items():
-            for images in predictions[name]:
-                prediction = images[start : start + _IMAGES]
-                # A baseline may be a single image that is expanded to the number of targets.
-                is_repeated = prediction.stride(0) == 0
-                distinct = prediction[:1] if is_repeated else prediction
-                found = {"psnr": psnr(prediction, target), "ssim": ssim(prediction, target)}
-                for network_name, network in perceptual.lpips.items():
-                    distance = network.distance(
-                        _features_of(network, distinct), target_features[network_name]
-                    )
-                    found[f"lpips_{network_name}"] = distance
-                if perceptual.clip is not None and clip is not None:
-                    found["clip"] = torch.nn.functional.cosine_similarity(
-                        perceptual.clip(distinct), clip, dim=-1
-                    )
-                figures = torch.stack([figure.to(prediction.device) for figure in found.values()]).cpu()
-                # The repeated input view equals one target exactly, which has an infinite PSNR and is excluded.
-                is_finite = figures[0].isfinite()
-                for metric, figure in zip(found, figures, strict=True):
-                    row.setdefault(metric, []).extend(figure[is_finite].tolist())
-    return {
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Compute the image metrics of all predictions, and the features of the targets and of all predictions."""
+    values = {name: defaultdict[str, list[float]](list) for name in predictions}
+    features = dict[str, np.ndarray]()
+    with stage("metrics"), without_tf32():
+        for start in range(0, len(targets), _IMAGES):
+            target = targets[start : start + _IMAGES]
+            target_features = {name: network.features(target) for name, network in perceptual.lpips.items()}
+            clip = None if perceptual.clip is None else perceptual.clip(target)
+            for name, row in values.items():
+                for images in predictions[name]:
+                    prediction = images[start : start + _IMAGES]
+                    # A baseline may be a single image that is expanded to the number of targets.
+                    distinct = prediction[:1] if prediction.stride(0) == 0 else prediction
+                    found = {"psnr": psnr(prediction, target), "ssim": ssim(prediction, target)}
+                    for key, network in perceptual.lpips.items():
+                        distance = network.distance(network.features(distinct), target_features[key])
+                        found[f"lpips_{key}"] = distance
+                    if perceptual.clip is not None and clip is not None:
+                        found["clip"] = F.cosine_similarity(perceptual.clip(distinct), clip, dim=-1)
+                    stacked = torch.stack(list(found.values())).cpu()
+                    # The repeated input view equals one target, where the PSNR is infinite. This target is excluded.
+                    finite = stacked[:, stacked[0].isfinite()].tolist()
+                    for metric, figures in zip(found, finite, strict=True):
+                        row[metric] += figures
+        if perceptual.features is not None:
+            for name, each in {**predictions, "target": [targets]}.items():
+                features[name] = perceptual.features(torch.cat(each)).float().cpu().numpy()
+    rows = {
         name: {metric: float(np.mean(v)) for metric, v in row.items() if v} for name, row in values.items()
     }
+    return rows, features
 
 
-def _features_of(network: PerceptualLoss, images: Tensor) -> tuple[Tensor, ...]:
-    return network.features(images.to(next(network.network.parameters()).device))
-
-
-def _strip(image: Tensor, targets: Tensor, renders: Tensor) -> Float[Tensor, "3 H W"]:
-    height = targets.shape[-2]
-    if image.shape[-2] != height:
-        image = torch.nn.functional.interpolate(
-            image[None], (height, height), mode="bilinear", antialias=True
-        )[0]
+def _strip(image: Tensor, targets: Tensor, renders: Tensor) -> Image.Image:
     count = min(_SHOWN, len(targets))
-    chosen = [(2 * k + 1) * len(targets) // (2 * count) for k in range(count)]
-    cells = [image]
-    for k in chosen:
+    cells = [resize_images(image, targets)]
+    for k in ((2 * k + 1) * len(targets) // (2 * count) for k in range(count)):
         cells += [targets[k], renders[k]]
-    return torch.cat(cells, dim=-1)
+    return Image.fromarray(to_uint8(torch.cat(cells, dim=-1).clamp(0, 1).permute(1, 2, 0)))

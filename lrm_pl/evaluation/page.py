@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord
-from lrm_pl.evaluation.summary import Difference, digits
+from lrm_pl.evaluation.summary import Difference, difference_cells, format_metric, mean_cells
 
 #: Maximum number of objects that are shown per group.
 _SHOWN = 4
@@ -41,12 +41,9 @@ def rank_objects(
         "median": order[middle : middle + count],
         "best": list(reversed(order[len(order) - count :])),
     }
-    seen = set[str]()
-    chosen = {}
-    for name, part in parts.items():
-        chosen[name] = [record for record in part if record.id not in seen]
-        seen |= {record.id for record in part}
-    return chosen
+    for first, second in (("worst", "median"), ("worst", "best"), ("median", "best")):
+        parts[second] = [record for record in parts[second] if record not in parts[first]]
+    return parts
 
 
 def render_page(
@@ -69,77 +66,58 @@ def render_page(
         folder: Folder of the evaluation, which contains the images.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
-    parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
+    lines = [html.escape(f"{name}: {value}") for name, value in facts.items()]
+    parts = [f"<p>{'<br>'.join(lines)}</p>", _table(mean_cells(rows, better))]
     if columns:
         for name, chosen in rank_objects(records, columns[0], more_is_better=better[columns[0]]).items():
-            if not chosen:
-                continue
-            figures = "".join(_figure(record, columns, folder) for record in chosen)
-            parts.append(f"<h2>{name.capitalize()} objects by {html.escape(columns[0])}</h2>{figures}")
-    missing = [record for record in records if record.bad or record.notes]
-    if missing:
-        lines = "".join(
-            f"<li>{html.escape(record.id)}: {html.escape(record.bad or '; '.join(record.notes))}</li>"
-            for record in missing
-        )
-        parts.append(f"<h2>Objects with missing metrics</h2><ul>{lines}</ul>")
-    return _document(title, "".join(parts))
+            if chosen:
+                parts.append(f"<h2>{name.capitalize()} objects by {html.escape(columns[0])}</h2>")
+            for record in chosen:
+                row = record.rows["model"]
+                metrics = ", ".join(f"{m} {format_metric(m, row[m])}" for m in columns if m in row)
+                parts.append(_image(folder, record.id, f"{record.id}: {metrics}"))
+    missing = [(record.id, record.bad or "; ".join(record.notes)) for record in records]
+    if lines := [f"<li>{html.escape(f'{key}: {reason}')}</li>" for key, reason in missing if reason]:
+        parts.append(f"<h2>Objects with missing metrics</h2><ul>{''.join(lines)}</ul>")
+    return _document(title, parts)
 
 
 def render_comparison(
-    title: str, names: tuple[str, str], rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool],
-    differences: Mapping[str, Difference], folders: tuple[Path, Path], records: Sequence[ObjectRecord],
+    title: str, rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool],
+    differences: Mapping[str, Difference], folders: Mapping[str, Path], records: Sequence[ObjectRecord],
 ) -> str:  # fmt: skip
-    """Render the page of a comparison with means, paired differences and the objects with the largest differences."""
-    columns = [metric for metric in better if metric in differences]
-    lines = []
-    for metric in columns:
+    """Render the page of a comparison with means, paired differences and the objects with the largest differences.
+
+    Args:
+        title: Title of the page.
+        rows: Mean metrics of both evaluations.
+        better: Names of metrics, and whether higher values are better.
+        differences: Paired differences by metric. Significant differences are colored.
+        folders: Folders of both evaluations, which contain the images.
+        records: Records in the order in which the images are shown.
+    """
+    colors = [""]
+    for metric in (metric for metric in better if metric in differences):
         found = differences[metric]
         significant = found.low > 0 or found.high < 0
-        style = ("better" if (found.mean > 0) == better[metric] else "worse") if significant else ""
-        decimals = digits(metric)
-        lines.append(
-            f"<tr><td>{html.escape(metric)}</td><td class='{style}'>{found.mean:+.{decimals}f}</td>"
-            f"<td>{found.low:+.{decimals}f} to {found.high:+.{decimals}f}</td><td>{found.objects}</td></tr>"
-        )
-    table = (
-        "<h2>Paired differences, B - A</h2><table><tr><th></th><th>mean</th><th>95 % confidence interval</th>"
-        "<th>objects</th></tr>" + "".join(lines) + "</table>"
-    )
-    images = []
-    for record in records[:_SHOWN]:
-        for name, folder in zip(names, folders, strict=True):
-            images.append(_image(folder, record.id, f"{name}: {record.id}"))
-    parts = [f"<h1>{html.escape(title)}</h1>", _means(rows, better, columns), table, *images]
-    return _document(title, "".join(parts))
+        colors.append(("better" if (found.mean > 0) == better[metric] else "worse") if significant else "")
+    images = [
+        _image(folder, record.id, f"{name}: {record.id}")
+        for record in records[:_SHOWN]
+        for name, folder in folders.items()
+    ]
+    tables = _table(mean_cells(rows, better)), _table(difference_cells(differences, better), colors)
+    return _document(title, [tables[0], "<h2>Paired differences, B - A</h2>", tables[1], *images])
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(name)}</td><td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f"<table>{lines}</table>"
-
-
-def _means(
-    rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool], columns: Sequence[str]
-) -> str:
-    head = "".join(f"<th>{html.escape(metric)} {'↑' if better[metric] else '↓'}</th>" for metric in columns)
+def _table(cells: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> str:
+    """Return an HTML table. The first line of cells is the header. Each line may have a CSS class."""
     lines = []
-    for name, row in rows.items():
-        cells = "".join(
-            f"<td>{row[metric]:.{digits(metric)}f}</td>" if metric in row else "<td>-</td>"
-            for metric in columns
-        )
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
-
-
-def _figure(record: ObjectRecord, columns: Sequence[str], folder: Path) -> str:
-    row = record.rows.get("model", {})
-    metrics = ", ".join(f"{metric} {row[metric]:.{digits(metric)}f}" for metric in columns if metric in row)
-    return _image(folder, record.id, f"{record.id}: {metrics}")
+    for number, line in enumerate(cells):
+        tag = "td" if number else "th"
+        row = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+        lines.append(f"<tr class='{styles[number] if styles else ''}'>{row}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _image(folder: Path, key: str, caption: str) -> str:
@@ -151,8 +129,8 @@ def _image(folder: Path, key: str, caption: str) -> str:
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _document(title: str, body: str) -> str:
+def _document(title: str, parts: Sequence[str]) -> str:
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style>{body}</html>\n"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
     )

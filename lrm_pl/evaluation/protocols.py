@@ -7,7 +7,6 @@ from the means, and the report states the number of objects in each mean.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 from lrm_pl.data.manifest import Manifest, require_measurable_views
 from lrm_pl.errors import InputError
@@ -127,12 +126,6 @@ _PROTOCOLS = (
 PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
-def image_metrics(extras: Sequence[str] = ()) -> dict[str, bool]:
-    """Return the names of the image metrics, and whether higher values are better."""
-    usual = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False}
-    return usual | dict.fromkeys(extras, True)
-
-
 def f_score_name(threshold: float) -> str:
     """Return the name of the F-score at a threshold."""
     return f"f_score@{threshold:g}"
@@ -149,5 +142,8 @@ def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
 
 def metrics_of(protocol: Protocol) -> dict[str, bool]:
     """Return the names of all metrics of a protocol in the order of tables, and whether higher values are better."""
-    images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
-    return images | (surface_metrics(protocol.surface) if protocol.surface else {})
+    metrics = dict[str, bool]()
+    if protocol.targets:
+        metrics |= dict.fromkeys(("psnr", "ssim"), True) | dict.fromkeys(("lpips_alex", "lpips_vgg"), False)
+        metrics |= {"clip": True, "fid": False, "kid": False}
+    return metrics | (surface_metrics(protocol.surface) if protocol.surface else {})

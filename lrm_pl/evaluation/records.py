@@ -7,11 +7,12 @@ OUT/objects/ID.npz     image features for FID and KID
 OUT/results.json, results.md, index.html    written last
 """
 
+import contextlib
 import dataclasses
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,16 @@ def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         InputError: The folder belongs to a different evaluation.
     """
     path = folder / SETTINGS_NAME
-    content = _text(settings)
     (folder / OBJECTS_NAME).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        write_atomically(path, content)
+        write_json(path, settings)
     first = read_json(path)
     if settings.get("baselines") and first.get("baselines") is False:
         first = {**first, "baselines": True}
-        write_atomically(path, _text(first))
-    expected, found = without_locations(json.loads(content)), without_locations(first)
-    if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-        name = sorted(different)[0]
+        write_json(path, first)
+    expected, found = without_locations(json.loads(json.dumps(settings))), without_locations(first)
+    if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        name = different[0]
         remedy = "pass --baseline, or choose" if different == ["baselines"] else "choose"
         raise InputError(
             subject=path,
@@ -83,10 +83,6 @@ def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             remedy=f"{remedy} another --out, or delete {folder}",
         )
     return first
-
-
-def _text(settings: dict[str, Any]) -> bytes:
-    return (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
 
 
 def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +109,7 @@ def write_object(folder: Path, record: ObjectRecord, files: Mapping[str, bytes])
     objects = folder / OBJECTS_NAME
     for ending, content in files.items():
         write_atomically(objects / f"{record.id}{ending}", content)
-    text = json.dumps(dataclasses.asdict(record), sort_keys=True)
-    write_atomically(objects / f"{record.id}.json", f"{text}\n".encode())
+    write_json(objects / f"{record.id}.json", dataclasses.asdict(record))
 
 
 def read_object(folder: Path, key: str) -> ObjectRecord | None:
@@ -127,20 +122,13 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    try:
+    with damaged_file(path, "the record of an object"):
         rows = {
             str(name): {str(metric): float(value) for metric, value in row.items()}
             for name, row in record["rows"].items()
         }
         notes, files = (tuple(map(str, record[name])) for name in ("notes", "files"))
         found = ObjectRecord(str(record["id"]), rows, notes, str(record["bad"]), files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            subject=path,
-            expected="the record of an object",
-            found=f"{error!r}",
-            remedy="delete it and run the command again",
-        ) from error
     return found if all(path.with_name(key + ending).is_file() for ending in files) else None
 
 
@@ -165,16 +153,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: The file is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise InputError(
-            subject=path,
-            expected="an .npz file",
-            found=error,
-            remedy="delete it and run the command again",
-        ) from error
+    with damaged_file(path, "an .npz file"), np.load(path, allow_pickle=False) as found:
+        return {name: found[name] for name in found.files}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,17 +163,27 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing or does not contain a JSON object.
     """
-    try:
+    with damaged_file(path, "a JSON object"):
         record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            subject=path, expected="JSON", found=error, remedy="delete it and run the command again"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputError(
-            subject=path,
-            expected="a JSON object",
-            found=type(record).__name__,
-            remedy="delete it and run the command again",
-        )
+        if not isinstance(record, dict):
+            raise TypeError(type(record).__name__)
     return record
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object with sorted keys, so that equal records are stored as equal bytes."""
+    write_atomically(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+@contextlib.contextmanager
+def damaged_file(path: Path, expected: str) -> Iterator[None]:
+    """Convert the exceptions that a missing or damaged file causes to ``InputError``."""
+    try:
+        yield
+    except (
+        OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # fmt: skip
+        raise InputError(
+            subject=path, expected=expected, found=repr(error), remedy="delete it and run the command again"
+        ) from error

@@ -1,6 +1,5 @@
 """Aggregation of the records of an evaluation into results, tables and pages."""
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,8 +13,8 @@ from lrm_pl.errors import InputError
 from lrm_pl.evaluation.features import set_distances
 from lrm_pl.evaluation.page import render_page
 from lrm_pl.evaluation.protocols import Protocol, metrics_of
-from lrm_pl.evaluation.records import RESULTS_NAME, ObjectRecord, read_features, read_object
-from lrm_pl.evaluation.summary import means, table
+from lrm_pl.evaluation.records import RESULTS_NAME, ObjectRecord, read_features, read_object, write_json
+from lrm_pl.evaluation.summary import markdown, mean_cells, means
 from lrm_pl.evaluation.tensorboard import write_board
 from lrm_pl.version import git_commit
 
@@ -55,7 +54,7 @@ def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict
         "failed": {record.id: record.bad for record in records if record.bad},
         "notes": {record.id: list(record.notes) for record in records if record.notes},
         "mean": rows,
-        "objects of the mean": count_objects(good),
+        "objects of the mean": Counter(metric for record in good for metric in record.rows["model"]),
         "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
     }
     step = settings["network"]["step"]
@@ -70,46 +69,37 @@ def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict
     if short := incomplete_means(results):
         facts["means over fewer objects"] = short
     header = "\n".join(f"{name}: {value}  " for name, value in facts.items())
-    write_atomically(out / "results.md", f"{header}\n\n{table(rows, better)}\n".encode())
+    table = markdown(mean_cells(rows, better))
+    write_atomically(out / "results.md", f"{header}\n\n{table}\n".encode())
     page = render_page(f"Evaluation: {protocol.name}", facts, rows, better, records, out)
     write_atomically(out / "index.html", page.encode())
-    write_board(out, protocol.name, table(rows, better), rows, good, better, step or 0)
-    write_atomically(out / RESULTS_NAME, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+    write_board(out, protocol.name, table, rows, good, better, step or 0)
+    write_json(out / RESULTS_NAME, results)
     return results
-
-
-def count_objects(records: list[ObjectRecord]) -> dict[str, int]:
-    """Return the number of objects that have each metric of the model."""
-    return dict(Counter(metric for record in records for metric in record.rows.get("model", {})))
 
 
 def incomplete_means(results: dict[str, Any]) -> str:
     """List the metrics that some of the evaluated objects lack, or return "" if there are none."""
-    fewer = {
-        metric: count
-        for metric, count in results["objects of the mean"].items()
-        if count < results["objects"]
-    }
-    return ", ".join(f"{metric}: {count} of {results['objects']} objects" for metric, count in fewer.items())
+    objects = results["objects"]
+    counts = results["objects of the mean"].items()
+    return ", ".join(f"{metric}: {count} of {objects} objects" for metric, count in counts if count < objects)
 
 
 def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
     records = dict[str, ObjectRecord]()
     last = time.monotonic()
-    while True:
-        before = len(records)
-        for key in keys:
-            if key not in records and (record := read_object(out, key)) is not None:
-                records[key] = record
-        if len(records) == len(keys):
-            return [records[key] for key in keys]
-        if len(records) > before:
+    while missing := [key for key in keys if key not in records]:
+        found = {key: record for key in missing if (record := read_object(out, key)) is not None}
+        records |= found
+        if found:
             last = time.monotonic()
-        if time.monotonic() - last > _TIMEOUT_S:
+        elif time.monotonic() - last > _TIMEOUT_S:
             raise InputError(
                 subject=out,
-                expected=f"records of {len(keys) - len(records)} more objects from other processes",
+                expected=f"records of {len(missing)} more objects from other processes",
                 found=f"none within {_TIMEOUT_S / 60:.0f} minutes",
                 remedy="run the same command again to resume",
             )
-        time.sleep(0.5)
+        else:
+            time.sleep(0.5)
+    return [records[key] for key in keys]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,19 +20,17 @@ from lrm_pl.evaluation.baselines import trivial_baselines
 from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.features import load_clip, load_inception
 from lrm_pl.evaluation.objects import (
-    Baseline,
+    Baselines,
     PerceptualMetrics,
-    Reconstruct,
     features_file,
-    input_view,
     measure_baselines,
     measure_object,
+    reconstruct_sample,
 )
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, metrics_of
 from lrm_pl.evaluation.records import (
     DEFAULT_FOLDER,
     RESULTS_NAME,
-    SETTINGS_NAME,
     ObjectRecord,
     open_evaluation,
     read_features,
@@ -42,13 +40,11 @@ from lrm_pl.evaluation.records import (
     write_object,
 )
 from lrm_pl.evaluation.results import incomplete_means, write_results
-from lrm_pl.evaluation.summary import table
+from lrm_pl.evaluation.summary import markdown, mean_cells
 from lrm_pl.evaluation.tensorboard import SHOWN_OBJECTS, is_shown, show_object
-from lrm_pl.geometry.cameras import PosedCamera, canonicalize
 from lrm_pl.inference.find_model import find_model
 from lrm_pl.inference.model_folder import hash_weights
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.inference.scene import Scene
 from lrm_pl.kernels.device import choose_device
 from lrm_pl.storage import StoreError
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
@@ -65,7 +61,7 @@ def evaluate(
     objects: EvaluationDataset,
     out: Path,
     perceptual: PerceptualMetrics,
-    baselines: Mapping[str, Baseline],
+    baselines: Baselines,
     settings: dict[str, Any],
     *,
     rank: int = 0,
@@ -102,16 +98,15 @@ def evaluate(
             if is_measured(out, key, shown, ()):  # only the baselines are missing
                 _add_baselines(out, key, sample, protocol, perceptual, baselines, pipeline)
                 continue
-            measured = measure_object(sample, protocol, reconstructor(pipeline), perceptual, baselines)
+            record, files = measure_object(sample, protocol, pipeline, perceptual, baselines)
         except SampleError as error:
             if isinstance(error.__cause__, StoreError):  # the error may be temporary
                 raise
-            write_object(out, ObjectRecord(key, {}, bad=str(error)), {})
+            record, files = ObjectRecord(key, {}, bad=str(error)), {}
         else:
             if key in shown:
                 show_object(out, key, reconstruct_sample(pipeline, sample, protocol.inputs[0]))
-            files = measured.files
-            write_object(out, ObjectRecord(key, measured.rows, measured.notes, files=tuple(files)), files)
+        write_object(out, record, files)
     if rank:
         return None
     return write_results(out, [key for key, _ in objects.samples], protocol, settings)
@@ -134,7 +129,7 @@ def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable
 
 def _add_baselines(
     out: Path, key: str, sample: Sample, protocol: Protocol, perceptual: PerceptualMetrics,
-    baselines: Mapping[str, Baseline], pipeline: LRMPipeline,
+    baselines: Baselines, pipeline: LRMPipeline,
 ) -> None:  # fmt: skip
     """Add the metrics of baselines to the record of an object."""
     record = read_object(out, key)
@@ -155,21 +150,6 @@ def track_progress(items: Sequence[Item], description: str, console: Console) ->
         if time.monotonic() - last_s > _PROGRESS_S:
             last_s = time.monotonic()
             console.print(f"{description}: {number + 1} of {len(items)}")
-
-
-def reconstructor(pipeline: LRMPipeline) -> Reconstruct:
-    """Return a function that reconstructs scenes from input views with known cameras."""
-    return lambda image, c2w, fxfycxcy: pipeline(image, PosedCamera(c2w, fxfycxcy))
-
-
-def reconstruct_sample(pipeline: LRMPipeline, sample: Sample, view: int) -> Scene:
-    """Reconstruct an object from one view.
-
-    Raises:
-        SampleError: The view cannot be decoded or is fully transparent.
-    """
-    c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))
-    return reconstructor(pipeline)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def run(
@@ -216,7 +196,9 @@ def run(
     out = options.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(options.data).name}-{pipeline.sha256[:8]}"
     console.print(f"Model: {pipeline.description}\nProtocol {protocol.name}: {protocol.description}")
     baselines = trivial_baselines(objects) if options.baseline and protocol.targets else {}
-    if _is_finished(out, settings, objects, baselines, options):
+    measures_sets = bool(protocol.targets) and (options.fid or options.inception is not None)
+    inception = {"inception": options.inception_sha256.lower()} if options.inception_sha256 else {}
+    if _is_finished(out, settings | inception, objects, baselines, measures_sets=measures_sets):
         console.print(
             f"All objects are already evaluated. To evaluate them again, delete {out} or pass another --out."
         )
@@ -236,23 +218,29 @@ def _is_finished(
     settings: dict[str, Any],
     objects: EvaluationDataset,
     baselines: Iterable[str],
-    options: argparse.Namespace,
+    *,
+    measures_sets: bool,
 ) -> bool:
-    """Return whether a folder contains the results of this evaluation. LPIPS weights are not compared."""
-    if not (out / RESULTS_NAME).is_file() or not (out / SETTINGS_NAME).is_file():
+    """Return whether a folder contains the results of this evaluation.
+
+    Hashes of weights that are not in ``settings`` are not compared, because the networks have not been loaded.
+
+    Args:
+        out: Folder of the evaluation.
+        settings: Known settings of the evaluation.
+        objects: Objects to evaluate.
+        baselines: Names of the required baselines.
+        measures_sets: Whether the evaluation includes FID and KID.
+    """
+    if not (out / RESULTS_NAME).is_file():
         return False
-    found = read_json(out / SETTINGS_NAME)
+    recorded = without_locations(read_json(out / RESULTS_NAME).get("settings", {}))
     expected = without_locations(json.loads(json.dumps(settings)))
-    same = {name: value for name, value in without_locations(found).items() if name in expected} == expected
-    inception = found.get("inception")
-    needs_inception = bool(settings["protocol"]["targets"]) and (options.fid or options.inception is not None)
-    if not same or (inception is not None) != needs_inception:
-        return False
-    if needs_inception and options.inception_sha256 and options.inception_sha256.lower() != inception:
-        return False
     shown = {key for key, _ in objects.samples[:SHOWN_OBJECTS]}
-    return read_json(out / RESULTS_NAME).get("settings") == found and all(
-        is_measured(out, key, shown, baselines) for key, _ in objects.samples
+    return (
+        {name: value for name, value in recorded.items() if name in expected} == expected
+        and (recorded.get("inception") is not None) == measures_sets
+        and all(is_measured(out, key, shown, baselines) for key, _ in objects.samples)
     )
 
 
@@ -280,12 +268,11 @@ def _print_results(
     console.print(
         f"{results['objects']} of {len(objects.samples)} objects of {options.data}, split {options.split}:"
     )
-    console.print(table(results["mean"], metrics_of(protocol)))
+    console.print(markdown(mean_cells(results["mean"], metrics_of(protocol))))
     if short := incomplete_means(results):
         console.print(f"Means over fewer objects: {short}")
-    for key, reason in results["failed"].items():
+    notes = {key: "; ".join(each) for key, each in results["notes"].items()}
+    for key, reason in (results["failed"] | notes).items():
         console.print(f"  {key}: {reason}")
-    for key, notes in results["notes"].items():
-        console.print(f"  {key}: {'; '.join(notes)}")
     console.print(f"Page: {out / 'index.html'}; results: {out / RESULTS_NAME}, {out / 'results.md'}")
     console.print(f"Compare: lrm evaluate --compare {out} OTHER   TensorBoard: tensorboard --logdir {out}")

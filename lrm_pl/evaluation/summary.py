@@ -1,6 +1,7 @@
 """Means over objects, paired differences of two evaluations, and Markdown tables."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,46 +28,49 @@ class Difference:
 
 
 def means(records: Sequence[ObjectRecord]) -> dict[str, dict[str, float]]:
-    """Average each metric of each row over the objects that have the metric.
+    """Average each metric of each row over the objects that have the metric. The row of the model is the first row.
 
     Objects are sorted by id, so that the result does not depend on the order of the records.
     """
-    values: dict[str, dict[str, list[float]]] = {"model": {}}  # first row
+    values = defaultdict[str, defaultdict[str, list[float]]](lambda: defaultdict(list))
     for record in sorted(records, key=lambda record: record.id):
         for name, row in record.rows.items():
             for metric, value in row.items():
-                values.setdefault(name, {}).setdefault(metric, []).append(value)
-    return {name: {metric: float(np.mean(v)) for metric, v in row.items()} for name, row in values.items()}
+                values[name][metric].append(value)
+    return {
+        name: {metric: float(np.mean(v)) for metric, v in values[name].items()}
+        for name in sorted(values, key="model".__ne__)
+    }
 
 
-def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> dict[str, Difference]:
-    """Compute the paired differences of two evaluations with the same protocol and data.
+def paired_differences(pairs: Sequence[ObjectRecord]) -> dict[str, Difference]:
+    """Compute the paired differences B - A of each metric.
+
+    Args:
+        pairs: Records with the metrics of the first evaluation (row "A") and of the second evaluation (row "B").
 
     Raises:
-        InputError: The evaluations have fewer than two objects in common.
+        InputError: There are fewer than two objects.
     """
     from scipy import stats  # slow to import
 
-    of_b = {record.id: record.rows.get("model", {}) for record in b}
-    differences: dict[str, list[float]] = {}
-    for record in sorted(a, key=lambda record: record.id):
-        row, other = record.rows.get("model", {}), of_b.get(record.id, {})
-        for metric in row.keys() & other.keys():
-            differences.setdefault(metric, []).append(other[metric] - row[metric])
+    differences = defaultdict[str, list[float]](list)
+    for pair in pairs:
+        for metric, value in pair.rows["A"].items():
+            differences[metric].append(pair.rows["B"][metric] - value)
     found = {}
     for metric, values in differences.items():
-        if len(values) < 2:
-            continue
-        mean, error = float(np.mean(values)), float(stats.sem(values))
-        half_width = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        found[metric] = Difference(mean, mean - half_width, mean + half_width, len(values))
+        if len(values) >= 2:
+            mean, error = float(np.mean(values)), float(stats.sem(values))
+            half_width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+            found[metric] = Difference(mean, mean - half_width, mean + half_width, len(values))
     if not found:
         raise InputError(expected="at least two objects that both evaluations have", found="fewer")
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -> str:
-    """Format means as a Markdown table with one line per row.
+def mean_cells(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -> list[list[str]]:
+    """Return the cells of a table of means, with a header and one line per row.
 
     Arrows show whether higher or lower values are better.
 
@@ -76,14 +80,28 @@ def table(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -
             values are omitted.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
-    head = [f"{metric} {'↑' if better[metric] else '↓'}" for metric in columns]
-    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(columns)]
+    cells = [["prediction", *(f"{metric} {'↑' if better[metric] else '↓'}" for metric in columns)]]
     for name, row in rows.items():
-        cells = [f"{row[metric]:.{digits(metric)}f}" if metric in row else "-" for metric in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells.append(
+            [name, *(format_metric(metric, row[metric]) if metric in row else "-" for metric in columns)]
+        )
+    return cells
 
 
-def digits(metric: str) -> int:
-    """Return the number of decimals to print for a metric."""
-    return 2 if metric in ("psnr", "fid") else 4 if metric in ("chamfer", "kid") else 3
+def difference_cells(differences: Mapping[str, Difference], better: Mapping[str, bool]) -> list[list[str]]:
+    """Return the cells of a table of paired differences, with a header and one line per metric."""
+    found = [(metric, differences[metric]) for metric in better if metric in differences]
+    lines = [[m, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", str(d.objects)] for m, d in found]
+    return [["B - A", "mean", "95 % confidence interval", "objects"], *lines]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Format the cells of a table as Markdown. The first line of cells is the header."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, "|---|" + "---:|" * (len(cells[0]) - 1), *lines])
+
+
+def format_metric(metric: str, value: float) -> str:
+    """Format the value of a metric with the number of decimals that is usual for the metric."""
+    decimals = 2 if metric in ("psnr", "fid") else 4 if metric in ("chamfer", "kid") else 3
+    return f"{value:.{decimals}f}"

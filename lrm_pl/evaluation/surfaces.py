@@ -13,6 +13,8 @@ from jaxtyping import Float
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
+from lrm_pl.evaluation.protocols import f_score_name
+
 Points = Float[np.ndarray, "Q 3"]
 
 #: Number of points of each cloud in the rotation search, and number of rotations that are evaluated with all points.
@@ -45,39 +47,33 @@ class PointCloud:
 
     def normalized(self) -> "PointCloud":
         """Return the point cloud with the mean at the origin and a bounding box with a longest side of 2."""
-        points = self.points - self.points.mean(axis=0)
-        return PointCloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
+        return PointCloud(_normalized(self.points), self.normals)
 
 
-@dataclasses.dataclass(frozen=True)
-class SurfaceScores:
-    """Similarity of two surfaces.
+def compare_surfaces(
+    prediction: PointCloud, truth: PointCloud, thresholds: Sequence[float]
+) -> dict[str, float]:
+    """Compute the metrics of two point clouds without aligning them.
 
-    Attributes:
-        chamfer: Mean distance to the nearest point, averaged over both directions. Distances are not squared.
-        f_scores: F-score 2 P R / (P + R) by threshold. P is the fraction of predicted points within the threshold of
-            the true surface, and R is the fraction of true points within the threshold of the prediction.
-        normal_consistency: Mean absolute cosine between the normals of nearest points, averaged over both directions.
+    Returns:
+        Metrics with the names that ``protocols.surface_metrics`` returns. "chamfer" is the mean distance to the nearest
+        point, averaged over both directions; distances are not squared. The F-score is 2 P R / (P + R), where P is the
+        fraction of predicted points within the threshold of the true surface, and R is the fraction of true points
+        within the threshold of the prediction. "normal_consistency" is the mean absolute cosine between the normals of
+        nearest points, averaged over both directions.
     """
-
-    chamfer: float
-    f_scores: dict[float, float]
-    normal_consistency: float
-
-
-def compare_surfaces(prediction: PointCloud, truth: PointCloud, thresholds: Sequence[float]) -> SurfaceScores:
-    """Compute the scores of two point clouds without aligning them."""
     there, near_truth = cKDTree(truth.points).query(prediction.points)
     back, near_prediction = cKDTree(prediction.points).query(truth.points)
-    f_scores = {}
+    metrics = {"chamfer": float(there.mean() + back.mean()) / 2}
     for threshold in thresholds:
         precision, recall = float((there <= threshold).mean()), float((back <= threshold).mean())
-        f_scores[threshold] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        f_score = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        metrics[f_score_name(threshold)] = f_score
     cosines = [
         np.abs((prediction.normals * truth.normals[near_truth]).sum(axis=1)).mean(),
         np.abs((truth.normals * prediction.normals[near_prediction]).sum(axis=1)).mean(),
     ]
-    return SurfaceScores(float(there.mean() + back.mean()) / 2, f_scores, float(np.mean(cosines)))
+    return metrics | {"normal_consistency": float(np.mean(cosines))}
 
 
 def chamfer(prediction: Points, truth: Points) -> float:
@@ -99,13 +95,9 @@ def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
     """
     few, true_tree = prediction.points[:_SEARCH_POINTS], cKDTree(truth.points[:_SEARCH_POINTS])
     distances = np.array([_distance(few, rotation, truth, true_tree) for rotation in rotation_grid()])
-    best, best_distance = prediction, np.inf
-    for number in np.argsort(distances, kind="stable")[:_FINALISTS]:
-        turned = prediction.transformed(rotation_grid()[number]).normalized()
-        distance = chamfer(turned.points, truth.points)
-        if distance < best_distance:
-            best, best_distance = turned, distance
-    return _iterative_closest_point(best, truth)
+    finalists = rotation_grid()[np.argsort(distances, kind="stable")[:_FINALISTS]]
+    rotated = [prediction.transformed(rotation).normalized() for rotation in finalists]
+    return _iterative_closest_point(_nearest_cloud(rotated, truth), truth)
 
 
 @functools.cache
@@ -117,9 +109,18 @@ def rotation_grid() -> Float[np.ndarray, "N 3 3"]:
     return Rotation.from_euler("zxy", angles, degrees=True).as_matrix()
 
 
+def _normalized(points: Points) -> Points:
+    centered = points - points.mean(axis=0)
+    return centered * (2 / np.ptp(centered, axis=0).max())
+
+
+def _nearest_cloud(clouds: Sequence[PointCloud], truth: PointCloud) -> PointCloud:
+    """Return the first point cloud with the smallest Chamfer distance from the reference."""
+    return min(clouds, key=lambda cloud: chamfer(cloud.points, truth.points))
+
+
 def _distance(points: Points, rotation: np.ndarray, truth: PointCloud, tree: cKDTree) -> float:
-    turned = points @ rotation.T
-    turned = (turned - turned.mean(axis=0)) * (2 / np.ptp(turned, axis=0).max())
+    turned = _normalized(points @ rotation.T)
     there, _ = tree.query(turned)
     back, _ = cKDTree(turned).query(truth.points[:_SEARCH_POINTS])
     return float(there.mean() + back.mean())
@@ -130,8 +131,7 @@ def _iterative_closest_point(prediction: PointCloud, truth: PointCloud) -> Point
 
     If the result is not closer to the reference, the input is returned.
     """
-    tree, best, best_distance = cKDTree(truth.points), prediction, chamfer(prediction.points, truth.points)
-    moved = prediction
+    tree, moved = cKDTree(truth.points), prediction
     for _ in range(_ICP_STEPS):
         _, nearest = tree.query(moved.points)
         target = truth.points[nearest]
@@ -142,5 +142,4 @@ def _iterative_closest_point(prediction: PointCloud, truth: PointCloud) -> Point
         moved = moved.transformed(turn, shift)
         if np.abs(turn - np.eye(3)).max() < 1e-6 and np.abs(shift).max() < 1e-6:
             break
-    distance = chamfer(moved.points, truth.points)
-    return moved if distance < best_distance else best
+    return _nearest_cloud([prediction, moved], truth)

@@ -94,15 +94,9 @@ def write_board(
         if first is None:
             return
         for group, chosen in rank_objects(records, first, more_is_better=better[first]).items():
-            strips = [_image(out, record.id) for record in chosen]
+            strips = [np.asarray(Image.open(out / OBJECTS_NAME / f"{record.id}.png")) for record in chosen]
             if strips:
                 width = max(strip.shape[1] for strip in strips)
-                padded = [
-                    np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips
-                ]
+                pads = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
+                padded = [np.pad(s, pad, constant_values=255) for s, pad in zip(strips, pads, strict=True)]
                 board.add_image(f"{name}/{group}", np.concatenate(padded), step, dataformats="HWC")
-
-
-def _image(out: Path, key: str) -> np.ndarray:
-    with Image.open(out / OBJECTS_NAME / f"{key}.png") as image:
-        return np.asarray(image.convert("RGB"))

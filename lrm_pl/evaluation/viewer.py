@@ -23,9 +23,8 @@ from lrm_pl.data.manifest import Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.dataset import EvaluationDataset, NoObjectsError
-from lrm_pl.evaluation.objects import decode_over_white
+from lrm_pl.evaluation.objects import decode_over_white, reconstruct_sample
 from lrm_pl.evaluation.protocols import Protocol
-from lrm_pl.evaluation.run import reconstruct_sample
 from lrm_pl.geometry.cameras import canonicalize
 from lrm_pl.inference.model_folder import CONFIG_NAME, WEIGHTS_NAME, find_config
 from lrm_pl.inference.pipeline import LRMPipeline

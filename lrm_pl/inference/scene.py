@@ -115,16 +115,24 @@ class Scene:
         return bake_texture(mesh, lambda points: sample_colors(self.field, 0, points), size, limit_s)
 
     @torch.no_grad()
-    def render(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:
-        """Render one view over a white background with the intrinsics of the input camera.
+    def render(
+        self,
+        c2w: Float[Tensor, "4 4"],
+        size: int | tuple[int, int],
+        fxfycxcy: Float[Tensor, "4"] | None = None,
+    ) -> Float[Tensor, "H W 3"]:
+        """Render one view over a white background.
 
         Args:
             c2w: OpenCV camera-to-world matrix.
-            size: Side length of the image in pixels.
+            size: Side length of a square image, or height and width of the image, in pixels.
+            fxfycxcy: Normalized intrinsics. If None, the intrinsics of the input camera are used.
 
         Returns:
-            RGB image of shape (size, size, 3) with values in [0, 1].
+            RGB image of shape (H, W, 3) with values in [0, 1].
         """
+        height, width = (size, size) if isinstance(size, int) else size
+        fxfycxcy = self.camera.fxfycxcy if fxfycxcy is None else fxfycxcy
         device = self.field.planes.device
         occupancy = self.occupancy
         with _autocast(device):
@@ -132,8 +140,8 @@ class Scene:
                 self.field,
                 [occupancy],
                 c2w.to(device)[None, None],
-                self.camera.fxfycxcy.to(device)[None, None],
-                (size, size),
+                fxfycxcy.to(device)[None, None],
+                (height, width),
             )
         return pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1)
 
