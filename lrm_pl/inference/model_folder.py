@@ -62,7 +62,8 @@ def write_model_folder(
     (folder / FRAMING_NAME).write_text(framing_yaml(framing))
     (folder / CARD_NAME).write_text(card)
     metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
-    save_file(dict(weights), folder / WEIGHTS_NAME, metadata=metadata)
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / WEIGHTS_NAME, metadata=metadata)
     # safetensors creates files that only the owner can read.
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
     sync_folder(str(folder))
@@ -89,13 +90,7 @@ def read_framing(folder: Path) -> InputFraming | None:
     path = folder / FRAMING_NAME
     if not path.is_file():
         return None
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(subject=path, expected="a mapping of names to numbers", found=error) from error
-    if not isinstance(content, dict):
-        raise InputError(subject=path, expected="a mapping of names to numbers", found=type(content).__name__)
-    return InputFraming.of_record(content, str(path))
+    return InputFraming.of_record(_read_yaml(path, "a mapping of names to numbers"), str(path))
 
 
 def hash_weights(network: nn.Module) -> str:
@@ -113,11 +108,7 @@ def read_model_section(config: Path) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read, or does not contain a section ``model.lrm``.
     """
-    try:
-        content = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(subject=config, expected="the config of a run", found=error) from error
-    section = content.get("model") if isinstance(content, dict) else None
+    section = _read_yaml(config, "the config of a run").get("model")
     if not isinstance(section, dict) or "lrm" not in section:
         raise InputError(
             subject=config,
@@ -126,6 +117,17 @@ def read_model_section(config: Path) -> dict[str, Any]:
             remedy="use the config.yaml of a run",
         )
     return section
+
+
+def _read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """Read a file that contains a mapping, or raise an ``InputError`` with the expected content."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(subject=path, expected=expected, found=error) from error
+    if not isinstance(content, dict):
+        raise InputError(subject=path, expected=expected, found=type(content).__name__)
+    return content
 
 
 def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:

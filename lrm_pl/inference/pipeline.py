@@ -123,13 +123,23 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         on_hub = name.startswith(HUB) or ("://" not in name and not path.exists())
         if not on_hub and not (path / WEIGHTS_NAME).is_file():
             pipeline = read_newest(
-                name, lambda checkpoint: cls._from_checkpoint(checkpoint, config, average=average)
+                name, lambda checkpoint: cls.from_checkpoint(checkpoint, config, average=average)
             )
         else:
-            _reject_checkpoint_options(name, config, average=average)
+            if config is not None or average:
+                raise InputError(
+                    expected="a run or a checkpoint with the options --config and --average",
+                    found=f"the exported model {name}",
+                    remedy="omit these options, or export the average: lrm export RUN OUT --average",
+                )
             if on_hub:
-                repository = name.removeprefix(HUB)
-                path = _download(repository, revision, token, cache_dir, local_files_only=local_files_only)
+                path = _download(
+                    name.removeprefix(HUB),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
             pipeline = cls._from_folder(path)
             pipeline.source = name
         pipeline.remover = remover or pipeline.remover
@@ -148,7 +158,10 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         return pipeline
 
     @classmethod
-    def _from_checkpoint(cls, checkpoint: Checkpoint, config: Path | None, *, average: bool) -> "LRMPipeline":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, config: Path | None = None, *, average: bool = False
+    ) -> "LRMPipeline":
+        """Load the model of a checkpoint. The arguments and errors are the same as in ``from_pretrained``."""
         config = find_config(checkpoint, config)
         pipeline = cls(read_model_section(config), _read_framing(config.parent))
         load_network(checkpoint, pipeline.network, average=average)
@@ -180,9 +193,14 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         """Write the files of a model folder. ``save_pretrained`` and ``push_to_hub`` call this method."""
         name = self._repository or save_directory.resolve().name
         card = rename_model_card(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         write_model_folder(
-            save_directory, self.model, weights, "Saved from Python.", self.framing, card, self.step
+            save_directory,
+            self.model,
+            self.network.state_dict(),
+            "Saved from Python.",
+            self.framing,
+            card,
+            self.step,
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - signature of the mixin
@@ -282,27 +300,7 @@ def _read_framing(folder: Path) -> InputFraming | None:
     return framing
 
 
-def _reject_checkpoint_options(name: str, config: Path | None, *, average: bool) -> None:
-    if config is not None:
-        raise InputError(
-            expected="--config with a checkpoint", found=f"the exported model {name}", remedy="omit it"
-        )
-    if average:
-        raise InputError(
-            expected="a run that keeps a moving average",
-            found=f"the exported model {name}",
-            remedy="omit --average, or export the average: lrm export RUN OUT --average",
-        )
-
-
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    *,
-    local_files_only: bool,
-) -> Path:
+def _download(name: str, **options: Any) -> Path:  # noqa: ANN401 - options of snapshot_download
     """Download the files of a model folder from the Hugging Face Hub into the cache, and return their folder."""
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the name is a path
         raise InputError(
@@ -310,21 +308,13 @@ def _download(
             found="nothing",
             remedy="correct the path",
         )
+    files = [CONFIG_NAME, WEIGHTS_NAME, FRAMING_NAME, CARD_NAME]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, FRAMING_NAME, CARD_NAME],
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=files, **options))
     except (  # ImportError is raised if there is a SOCKS proxy but the package that supports it is missing
         HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, ImportError,
     ) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             expected=f"a folder of `lrm export`, or a repository of the Hugging Face Hub, named {name!r}",
             found=f"neither: {reason}",

@@ -1,7 +1,6 @@
 """Reconstruction of an image file, with the mesh, the orbit and a record as files in a folder."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lrm_pl import __version__
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.images import encode_png
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import make_mesh, to_tensor, to_uint8
@@ -69,7 +68,7 @@ def infer(
         with stage("files"):
             for file_format in options.formats:
                 files |= encode_mesh(mesh, file_format)
-            files["input.png"] = _png(framed)
+            files["input.png"] = encode_png(framed)
         record = {
             "image": str(image),
             "network": {"source": pipeline.source, "step": pipeline.step, "sha256": pipeline.sha256},
@@ -99,7 +98,7 @@ def infer(
                     for frame in scene.orbit(options.frames, options.size, options.elevation_deg)
                 ]
             with stage("files"):
-                orbit = {"orbit.mp4": encode_video(frames), "grid.png": _png(make_grid(framed, frames))}
+                orbit = {"orbit.mp4": encode_video(frames), "grid.png": encode_png(make_grid(framed, frames))}
             record |= {
                 "seconds": _rounded(seconds),
                 "files": sorted({*files, *orbit}),
@@ -176,9 +175,3 @@ def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
             found=f"{', '.join(foreign)}, which its {RECORD_NAME} does not list",
             remedy="move them away, or use another --out",
         )
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()

@@ -22,6 +22,7 @@ from fastapi.exception_handlers import request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 from lrm_pl import __version__
@@ -35,8 +36,8 @@ from lrm_pl.progress import listening, stage
 
 logger = logging.getLogger(__name__)
 
-#: Names of the query parameters of /reconstruct.
-_PARAMETERS = frozenset({"resolution", "threshold", "floaters", "faces"})
+#: HTTP status of the errors of a reconstruction. The first class that matches is used.
+_STATUSES = ((ImageTooLargeError, 413), (NotAnImageError, 415), (ImageError, 400), (InputError, 422))
 
 #: Interval in seconds between checks for disconnected clients.
 _POLL_S = 0.5
@@ -139,17 +140,11 @@ class ReconstructionQueue:
                         max_bytes=int(self.limits.megabytes * 1e6),
                         max_pixels=int(self.limits.megapixels * 1e6),
                     )
-                framed = self.pipeline.preprocess(image)
-            except ImageTooLargeError as error:
-                raise RequestError(413, str(error)) from error
-            except NotAnImageError as error:
-                raise RequestError(415, str(error)) from error
-            except ImageError as error:
-                raise RequestError(400, str(error)) from error
-            try:
-                mesh, _ = make_mesh(self.pipeline(to_tensor(framed)), options)
+                scene = self.pipeline(to_tensor(self.pipeline.preprocess(image)))
+                mesh, _ = make_mesh(scene, options)
             except InputError as error:
-                raise RequestError(422, str(error)) from error
+                status = next(status for kind, status in _STATUSES if isinstance(error, kind))
+                raise RequestError(status, str(error)) from error
             with stage("files"):
                 return encode_glb(mesh), seconds
 
@@ -232,6 +227,14 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
     )  # fmt: skip
     status = {"status": "ok", "network": queue.pipeline.source, "sha256": queue.pipeline.sha256}
 
+    class Parameters(BaseModel, extra="forbid"):
+        """Query parameters of /reconstruct."""
+
+        resolution: int = Field(min(256, limits.resolution), ge=MIN_SERVER_RESOLUTION, le=limits.resolution)
+        threshold: float | None = Field(None, gt=0, allow_inf_nan=False)
+        floaters: float = Field(0.0, ge=0, le=1)
+        max_faces: int | None = Field(None, ge=4, le=MAX_FACES, alias="faces")
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
@@ -255,10 +258,6 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
     async def handle(request: Request, options: MeshOptions) -> tuple[bytes, dict[str, float]]:
         content = await read_body(request, limits)
         parameters = request.query_params
-        if unknown := sorted(set(parameters) - _PARAMETERS):
-            raise RequestError(
-                422, f"Unknown parameters {unknown}; the parameters are {', '.join(sorted(_PARAMETERS))}."
-            )
         if len(parameters.multi_items()) > len(parameters):
             raise RequestError(422, f"A parameter is given more than once: {parameters}.")
         if found := describe_non_image(content, request.headers.get("content-type", "")):
@@ -276,20 +275,10 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
         response_class=Response,
         openapi_extra={"requestBody": {"required": True, "content": {"image/*": {}}}},
     )
-    async def reconstruct(
-        request: Request,
-        resolution: Annotated[int, Query(ge=MIN_SERVER_RESOLUTION, le=limits.resolution)] = min(
-            256, limits.resolution
-        ),
-        threshold: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
-        floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
-        faces: Annotated[int | None, Query(ge=4, le=MAX_FACES)] = None,
-    ) -> Response:
+    async def reconstruct(request: Request, parameters: Annotated[Parameters, Query()]) -> Response:
         """Reconstruct the image in the body (PNG, JPEG, WebP, BMP, TIFF or AVIF), and return a GLB file."""
         try:
-            options = MeshOptions(
-                resolution=resolution, threshold=threshold, floaters=floaters, max_faces=faces
-            )
+            options = MeshOptions(**parameters.model_dump())
             glb, stages = await handle(request, options)
         except RequestError as error:
             requests.labels(error.status).inc()

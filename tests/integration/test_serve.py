@@ -125,7 +125,11 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
             assert (await ask(session, server, photo(), "?resolution=32&threshold=1e9"))[0] == 422
             assert (await ask(session, server, photo(), "?resolution=32&threshold=inf"))[0] == 422
             status, content = await ask(session, server, photo(), "?res=32&texture=1")
-            assert (status, b"Unknown parameters ['res', 'texture']" in content) == (422, True)
+            assert (status, b"texture" in content, b"Extra inputs are not permitted" in content) == (
+                422,
+                True,
+                True,
+            )
             assert (await ask(session, server, photo(), "?resolution=32&faces=1000000000"))[0] == 422
             async with session.get(f"{server.address}/health") as answer:
                 assert (await answer.json())["status"] == "ok"
