@@ -1,7 +1,6 @@
 """Writer of the results of ``lrm predict``, that is, a mesh, an orbit video and an image grid of each object."""
 
 import dataclasses
-import io
 import json
 import logging
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.manifest import write_atomically
+from lrm_pl.images import encode_png
 from lrm_pl.inference.scene import Scene, to_uint8
 from lrm_pl.inference.video import encode_video, make_grid
 from lrm_pl.meshing.export import encode_mesh
@@ -63,9 +63,7 @@ class SceneWriter(L.Callback):
         frames = [to_uint8(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
-        image = io.BytesIO()
-        make_grid(source, frames).save(image, format="PNG")
-        files = {"orbit.mp4": encode_video(frames), "grid.png": image.getvalue()}
+        files = {"orbit.mp4": encode_video(frames), "grid.png": encode_png(make_grid(source, frames))}
         shape, notes = None, list[str]()
         try:
             density = scene.threshold

@@ -3,8 +3,6 @@
 One scene unit is one meter in glTF, and ``STL_MM`` millimeters in STL.
 """
 
-import io
-
 import numpy as np
 import trimesh
 from PIL import Image
@@ -12,6 +10,7 @@ from trimesh.exchange.obj import export_obj
 from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import SimpleMaterial
 
+from lrm_pl.images import encode_png
 from lrm_pl.meshing.glb import Y_UP, encode_glb
 from lrm_pl.meshing.mesh import Mesh, MeshFormat
 
@@ -41,23 +40,22 @@ def encode_mesh(mesh: Mesh, file_format: MeshFormat, stem: str = "mesh") -> dict
 
 
 def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:
-    vertices = mesh.vertices @ Y_UP.T
+    shape = _trimesh(mesh, mesh.vertices @ Y_UP.T)
     if mesh.texture is None:
-        return {f"{stem}.obj": export_obj(_trimesh(mesh, vertices)).encode()}
-    shape = _trimesh(mesh, vertices)
+        return {f"{stem}.obj": export_obj(shape).encode()}
     uv = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)  # v points up in OBJ
     texture = Image.fromarray(mesh.texture.image)
     material = SimpleMaterial(image=texture, diffuse=(255, 255, 255, 255), name=stem)
     shape.visual = TextureVisuals(uv=uv, image=texture, material=material)
     text, others = export_obj(shape, return_texture=True, mtl_name=f"{stem}.mtl")
-    return {f"{stem}.obj": text.encode()} | {name: _bytes(content) for name, content in others.items()}
+    files = {f"{stem}.obj": text} | others
+    return {
+        name: encode_png(content) if isinstance(content, Image.Image) else _to_bytes(content)
+        for name, content in files.items()
+    }
 
 
-def _bytes(content: bytes | str | Image.Image) -> bytes:
-    if isinstance(content, Image.Image):
-        file = io.BytesIO()
-        content.save(file, format="PNG")
-        return file.getvalue()
+def _to_bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
 
 

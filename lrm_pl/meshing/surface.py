@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.ndimage import find_objects
 from skimage.measure import marching_cubes
 from torch import Tensor
 
@@ -60,9 +61,8 @@ def extract_mesh(
         density.select(dim, 0).zero_()
         density.select(dim, -1).zero_()
     _require_both_sides(density, threshold)
-    inside = density > threshold
     with stage("marching cubes"):
-        vertices, faces = _marching_cubes(density, inside, threshold)
+        vertices, faces = _marching_cubes(density, threshold)
     if floaters:
         with stage("floaters"):
             vertices, faces = remove_floaters(vertices, faces, floaters)
@@ -89,9 +89,11 @@ def _require_both_sides(density: Tensor, threshold: float) -> None:
         )
 
 
-def _marching_cubes(density: Tensor, inside: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    low, high = _bounds(inside)
-    region = density[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+def _marching_cubes(density: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    # Marching cubes is run on the bounding box of the surface. The box is not at the faces of the grid, which are zero.
+    (box,) = find_objects((density > threshold).numpy().view(np.uint8))
+    low = [part.start - 1 for part in box]
+    region = density[tuple(slice(part.start - 1, part.stop + 1) for part in box)]
     positions, faces, _, _ = marching_cubes(region.numpy(), threshold, gradient_direction="ascent")
     vertices = (positions + np.array(low)) * (2 / (len(density) - 1)) - 1
     return vertices.astype(np.float32), faces.astype(np.int64)
@@ -146,14 +148,3 @@ def surface_density(
     t = rendering.depth.flatten()[opaque, None]
     points = origins.flatten(0, 1)[opaque] + t * directions.flatten(0, 1)[opaque]
     return float(query_density(field, index, points).median())
-
-
-def _bounds(inside: Tensor) -> tuple[list[int], list[int]]:
-    """Return the bounding box of the surface in the grid, so that marching cubes can skip the rest of the grid."""
-    low, high = [], []
-    for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        slices = inside.any(dim=others[1]).any(dim=others[0]).nonzero()
-        low.append(max(0, int(slices.min()) - 1))
-        high.append(min(inside.shape[axis], int(slices.max()) + 2))
-    return low, high

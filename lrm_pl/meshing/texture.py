@@ -62,31 +62,28 @@ def texel_points(
     )  # (M, 3, 2) in texels, with texel centers at integers
     low = np.floor(corners.min(axis=1)).clip(0, size - 1).astype(np.int64)
     high = np.ceil(corners.max(axis=1)).clip(0, size - 1).astype(np.int64)
-    count = (high - low + 1).prod(axis=1)
-    start = 0
-    while start < len(count):
-        stop = max(start + 1, int(np.searchsorted(np.cumsum(count[start:]), _CHUNK)) + start)
-        _rasterize(points, covered, slice(start, stop), vertices, atlas.faces, corners, low, high)
-        start = stop
+    ends = np.cumsum((high - low + 1).prod(axis=1))
+    batches = np.searchsorted(ends, np.arange(_CHUNK, ends[-1], _CHUNK))
+    for batch in np.split(np.arange(len(ends)), batches):
+        triangles = vertices[atlas.faces[batch]]
+        _rasterize(points, covered, triangles, corners[batch], low[batch], high[batch])
     return points, covered
 
 
 def _rasterize(
     points: np.ndarray,
     covered: np.ndarray,
-    batch: slice,
-    vertices: np.ndarray,
-    faces: Int[np.ndarray, "M 3"],
-    corners: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
+    triangles: Float[np.ndarray, "M 3 3"],
+    corners: Float[np.ndarray, "M 3 2"],
+    low: Int[np.ndarray, "M 2"],
+    high: Int[np.ndarray, "M 2"],
 ) -> None:
-    """Rasterize a range of faces by testing each texel in the bounding box of each face."""
-    wide = high[batch] - low[batch] + 1
+    """Rasterize faces by testing each texel in the bounding box of each face."""
+    wide = high - low + 1
     count = wide.prod(axis=1)
-    face = np.repeat(np.arange(batch.start, batch.stop), count)
+    face = np.repeat(np.arange(len(count)), count)
     offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    width = np.repeat(wide[:, 0], count)
+    width = wide[face, 0]
     x, y = low[face, 0] + offset % width, low[face, 1] + offset // width
     a, ab, ac = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     twice_area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
@@ -97,7 +94,7 @@ def _rasterize(
         inside = (u >= -1e-9) & (v >= -1e-9) & (u + v <= 1 + 1e-9)
     face, x, y, u, v = (values[inside] for values in (face, x, y, u, v))
     weights = np.stack([1 - u - v, u, v], axis=1)
-    points[y, x] = (vertices[faces[face]] * weights[:, :, None]).sum(axis=1)
+    points[y, x] = (triangles[face] * weights[:, :, None]).sum(axis=1)
     covered[y, x] = True
 
 
