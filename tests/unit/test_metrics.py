@@ -7,7 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.metrics import ImageMetrics, NotFiniteError, psnr, psnr_pooled, ssim
+from lrm_pl.metrics import ImageMetrics, NotFiniteError, psnr, ssim
 from tests.builders import Operators
 
 #: With the shape checker enabled, its error is raised first.
@@ -23,22 +23,25 @@ def noise(n, seed=0):
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def test_an_error_of_a_tenth_everywhere_is_20_db_and_of_a_half_6_db():
+def test_uniform_errors_of_0_1_and_0_5_have_a_psnr_of_20_and_6_db():
     found = psnr(flat(0.3, 0.25), flat(0.4, 0.75))
     assert found.tolist() == pytest.approx([20.0, 6.0206], abs=1e-3)
 
 
-def test_the_psnr_of_the_pooled_error_is_not_the_mean_of_the_psnrs():
+def test_the_pooled_psnr_differs_from_the_mean_psnr():
     prediction, target = flat(0.5, 0.5), flat(0.6, 0.51)  # squared errors 0.01 and 0.0001: 20 dB and 40 dB
     assert float(psnr(prediction, target).mean()) == pytest.approx(30.0, abs=1e-3)
-    # their mean is 0.00505
-    assert float(psnr_pooled(prediction, target)) == pytest.approx(22.967, abs=1e-3)
+    metrics = ImageMetrics()
+    metrics.update(prediction, target)  # the mean of the squared errors is 0.00505
+    assert metrics.compute().psnr_pooled == pytest.approx(22.967, abs=1e-3)
 
 
 def test_identical_images_have_infinite_psnr_and_ssim_1():
     images = noise(2)
     assert psnr(images, images).tolist() == [math.inf, math.inf]
-    assert float(psnr_pooled(images, images)) == math.inf
+    metrics = ImageMetrics()
+    metrics.update(images, images)
+    assert metrics.compute().psnr_pooled == math.inf
     assert ssim(images, images).tolist() == pytest.approx([1.0, 1.0])
 
 
@@ -60,7 +63,8 @@ def test_batches_and_ranks_add_up_to_the_means_over_all_images():
     assert whole.compute().images == 5
     assert whole.compute().lpips is None
     assert whole.compute().psnr == pytest.approx(float(psnr(prediction, target).mean()))
-    assert whole.compute().psnr_pooled == pytest.approx(float(psnr_pooled(prediction, target)))
+    pooled = -10 * math.log10((prediction - target).square().mean())
+    assert whole.compute().psnr_pooled == pytest.approx(pooled)
     assert whole.compute().ssim == pytest.approx(float(ssim(prediction, target).mean()))
 
 
@@ -86,7 +90,7 @@ def test_lpips_is_averaged_over_images(monkeypatch):
     assert not list(metrics.parameters())
 
 
-def test_nothing_taken_in_is_an_error():
+def test_compute_without_images_is_an_error():
     metrics = ImageMetrics()
     with (
         pytest.warns(UserWarning, match="before the ``update``"),
@@ -95,7 +99,7 @@ def test_nothing_taken_in_is_an_error():
         metrics.compute()
 
 
-def test_autocast_changes_nothing():
+def test_metrics_are_computed_in_float32_under_autocast():
     prediction, target = noise(2), noise(2, seed=1)
     expected = ssim(prediction, target), psnr(prediction, target)
     with torch.autocast("cpu", torch.bfloat16):
@@ -103,7 +107,7 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, found, strict=True))
 
 
-def test_values_just_outside_are_clamped_and_others_refused_with_their_range():
+def test_values_slightly_outside_the_range_are_clamped_and_other_values_are_rejected():
     assert psnr(flat(1.001), flat(1.0)).tolist() == [math.inf]
     with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], but found \[0, 255\]"):
         psnr(flat(0.5), torch.cat([flat(0.0), flat(255.0)], dim=-1)[..., 8:24])
@@ -111,15 +115,15 @@ def test_values_just_outside_are_clamped_and_others_refused_with_their_range():
         psnr(flat(math.nan), flat(0.5))
 
 
-def test_shapes_that_differ_are_refused_with_both():
-    for metric in (psnr, psnr_pooled, ssim, ImageMetrics().update):
+def test_different_shapes_are_rejected():
+    for metric in (psnr, ssim, ImageMetrics().update):
         with pytest.raises(WRONG_SHAPE, match=r"2, ?3, ?16, ?16[\s\S]*2, ?3, ?8, ?16"):
             metric(noise(2), noise(2)[:, :, :8])
     with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, but found \(8, 8\)"):
         ssim(flat(0.5, side=8), flat(0.5, side=8))
 
 
-def test_taking_in_images_reads_no_number_and_computing_refuses_what_was_no_image():
+def test_update_does_not_synchronize_with_a_gpu_and_compute_checks_the_range():
     metrics = ImageMetrics()
     with Operators() as operators:
         metrics.update(noise(2), noise(2, seed=1))
@@ -135,7 +139,7 @@ def test_taking_in_images_reads_no_number_and_computing_refuses_what_was_no_imag
     assert metrics.compute().psnr == pytest.approx(20.0, abs=1e-3)
 
 
-def test_not_a_number_in_one_image_is_seen_among_others():
+def test_nan_in_one_image_is_an_error():
     metrics = ImageMetrics()
     metrics.update(flat(0.5, math.nan), flat(0.5, 0.5))
     metrics.update(flat(0.5), flat(0.5))
@@ -143,7 +147,7 @@ def test_not_a_number_in_one_image_is_seen_among_others():
         metrics.compute()
 
 
-def test_tf32_is_off_while_images_are_measured_and_only_then(monkeypatch):
+def test_tf32_is_disabled_only_during_the_computation_of_metrics(monkeypatch):
     seen = []
 
     def note(*_, **__):
