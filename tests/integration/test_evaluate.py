@@ -1,5 +1,6 @@
-"""`lrm evaluate` as it is typed: results that another start, and any number of processes, find again to the byte."""
+"""End-to-end tests of `lrm evaluate`: results, resuming, several processes and comparisons."""
 
+import functools
 import io
 import json
 import os
@@ -16,16 +17,28 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.apps.evaluate import main
 from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.evaluation import run as run_file
 from lrm_pl.evaluation.dataset import EvaluationDataset
+from lrm_pl.evaluation.features import load_inception
 from lrm_pl.evaluation.objects import PerceptualMetrics
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.run import evaluate, track_progress
+from lrm_pl.evaluation.surfaces import rotation_grid
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.weights.catalog import DownloadError
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.builders import tiny_pretrained
 
 # TensorBoard's writer, and torch's loader of its own files, warn of what they will change.
 pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached_lpips():
+    """Load each LPIPS network only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_file, "pretrained_perceptual_loss", functools.cache(pretrained_perceptual_loss))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +55,13 @@ def run(pretrained, data, out, *options):
 
 @pytest.fixture(scope="module")
 def finished(pretrained, data, tmp_path_factory):
-    """An evaluation under LRM's protocol with its baselines."""
+    """Folder of an evaluation under the protocol "lrm" with baselines."""
     out = tmp_path_factory.mktemp("finished") / "lrm"
     run(pretrained, data, out, "--baseline")
     return out
 
 
-def test_results_are_figures_tables_images_and_a_board(finished):
+def test_results_contain_metrics_tables_images_and_tensorboard_events(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["objects"] == 2
     assert results["protocol"]["name"] == "lrm"
@@ -84,7 +97,7 @@ def test_results_are_figures_tables_images_and_a_board(finished):
     assert "evaluation/lrm/text_summary" in tags["tensors"]
 
 
-def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_bytes(
+def test_a_resumed_evaluation_evaluates_only_missing_objects_with_the_same_results(
     finished, pretrained, data, tmp_path, capsys
 ):
     out = tmp_path / "again"
@@ -105,7 +118,7 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
         run(pretrained, data, out)
 
 
-def test_a_finished_evaluation_typed_again_says_so_before_lpips_is_loaded(
+def test_a_finished_evaluation_prints_its_results_without_loading_lpips(
     finished, pretrained, data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "again"
@@ -120,11 +133,11 @@ def test_a_finished_evaluation_typed_again_says_so_before_lpips_is_loaded(
     assert "| model |" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     (out / "objects" / "val-ellipsoid-000.json").unlink()
-    with pytest.raises(TypeError):  # it is not finished: LPIPS is loaded
+    with pytest.raises(TypeError):  # the evaluation is not finished, so LPIPS is loaded
         run(pretrained, data, out, "--baseline")
 
 
-def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured_again(
+def test_baselines_are_added_without_evaluating_the_model_again(
     finished, pretrained, data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "plain"
@@ -138,7 +151,7 @@ def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured
     assert "Already evaluated:" not in capsys.readouterr().out.split("Page:")[1]
 
 
-def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
+def test_progress_is_printed_without_a_terminal(monkeypatch):
     told = io.StringIO()
     console = Console(file=told, force_terminal=False)
     monkeypatch.setattr("lrm_pl.evaluation.run._PROGRESS_S", 0.0)
@@ -146,8 +159,8 @@ def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
     assert told.getvalue().splitlines() == [f"Evaluating, lrm: {k} of 3" for k in (1, 2, 3)]
 
 
-def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_path, root):
-    """In a process of its own, without torch; a folder for each pair, where none is named."""
+def test_a_comparison_does_not_import_torch_or_overwrite_another_comparison(finished, tmp_path, root):
+    """Compare in a new process that prints whether torch was imported."""
     (tmp_path / "a").symlink_to(finished)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a").symlink_to(finished)
@@ -167,22 +180,22 @@ def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_p
         assert "Page: evaluation/a-a/comparison.html" in done.stdout
         assert done.stdout.splitlines()[-1] == "False"
     table = tmp_path / "evaluation" / "a-a" / "comparison.md"
-    table.write_text("of two others")
+    table.write_text("another comparison")
     done = compare("a", "other/a")
     assert done.returncode == 1
     assert "expected no other comparison in evaluation/a-a, but found one. Pass --out" in done.stderr
-    assert table.read_text() == "of two others"
+    assert table.read_text() == "another comparison"
     assert compare("a", "other/a", "--out", "evaluation/a-a").returncode == 0
 
 
-def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
+def test_missing_files_are_evaluated_again_and_damaged_files_are_rejected(
     finished, pretrained, data, tmp_path, capsys
 ):
     out = tmp_path / "again"
     shutil.copytree(finished, out)
     mesh = out / "shown" / "val-ellipsoid-001.npz"
     mesh.write_bytes(mesh.read_bytes()[:500])
-    (out / "results.json").unlink()  # what is finished is not looked at again
+    (out / "results.json").unlink()  # files of a finished evaluation are not read again
     with pytest.raises(
         SystemExit, match=r"val-ellipsoid-001\.npz: expected an .npz file, but found .*run the command again"
     ):
@@ -204,13 +217,13 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
         ("0", "expected --processes of at least 1, but found 0"),
     ],
 )
-def test_what_is_wrong_is_said_once_and_not_by_every_process(processes, message, data, tmp_path, monkeypatch):
+def test_errors_are_reported_once_before_processes_start(processes, message, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^lrm: {message}"):
         main(["--ckpt", "nope", "--data", str(data), "--processes", processes])
 
 
-def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_path, root):
+def test_two_processes_have_the_results_of_one_process(finished, pretrained, data, tmp_path, root):
     out = tmp_path / "two"
     command = [
         sys.executable,
@@ -239,18 +252,18 @@ def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, finished))
-    for row, metrics in expected["mean"].items():  # each has one thread instead of two: sums in another order
+    for row, metrics in expected["mean"].items():  # the number of threads changes the order of sums
         assert found["mean"][row] == pytest.approx(metrics, rel=1e-4), row
     assert found["objects"] == 2
-    assert done.stdout.count("2 of 2 objects") == 1, "rank 0 alone speaks"
+    assert done.stdout.count("2 of 2 objects") == 1, "only rank 0 prints"
 
 
 @pytest.mark.parametrize("name", ["geometry", pytest.param("geometry-posed", marks=pytest.mark.soak)])
-def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, monkeypatch):
-    # rotations of a coarser grid: the full one is for machines with more time
+def test_geometry_protocols_compare_the_mesh_with_the_true_surface(
+    name, pretrained, data, tmp_path, monkeypatch
+):
+    # a coarse grid of rotations saves time
     monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (4, 4, 2))
-    from lrm_pl.evaluation.surfaces import rotation_grid
-
     rotation_grid.cache_clear()
     results = run(pretrained, data, tmp_path / name, "--protocol", name, "--limit", "1")
     rotation_grid.cache_clear()
@@ -260,7 +273,7 @@ def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, m
     assert row["f_score@0.1"] <= row["f_score@0.2"] <= row["f_score@0.5"]
 
 
-def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, shards, data, tmp_path):
+def test_shards_that_a_protocol_cannot_use_are_rejected_with_a_remedy(pretrained, shards, data, tmp_path):
     for arguments, message in (
         ((shards, "--protocol", "lrm"), "at least 15 views per object for the protocol 'lrm', but found 8"),
         ((data, "--protocol", "gso-orbit"), "at least 24 views"),
@@ -283,10 +296,10 @@ def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, sh
         run(pretrained, plain, tmp_path / "out2", "--protocol", "geometry")
 
 
-def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, capsys):
+def test_two_models_are_compared_by_paired_differences(finished, data, tmp_path, capsys):
     other = tiny_pretrained()
     with torch.no_grad():
-        other.network.decoder.layers[-1].bias[0] -= 5  # next to nothing is drawn: white
+        other.network.decoder.layers[-1].bias[0] -= 5  # renderings are almost white
     other.save_pretrained(tmp_path / "other")
     run(tmp_path / "other", data, tmp_path / "b", "--baseline")
     main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
@@ -310,7 +323,7 @@ def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, ca
         main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
 
 
-def test_a_bad_object_is_named_and_the_others_are_measured(pretrained, data, tmp_path, capsys):
+def test_a_damaged_object_is_reported_and_the_other_objects_are_evaluated(pretrained, data, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
     index = json.loads((copy / "val-000000.index.json").read_text())
@@ -324,7 +337,7 @@ def test_a_bad_object_is_named_and_the_others_are_measured(pretrained, data, tmp
     assert "val-ellipsoid-000: " in capsys.readouterr().out
 
 
-def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretrained, data, tmp_path):
+def test_fid_kid_and_clip_similarity_use_the_given_networks(pretrained, data, tmp_path):
     def pooled(images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
@@ -344,7 +357,7 @@ def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretr
     assert row["fid"] > 0.01
 
 
-def test_without_the_inception_network_fid_says_where_it_is_looked_for(
+def test_missing_weights_of_inception_and_clip_are_rejected_with_a_remedy(
     pretrained, data, tmp_path, monkeypatch
 ):
     def fail(*_):
@@ -352,8 +365,6 @@ def test_without_the_inception_network_fid_says_where_it_is_looked_for(
 
     monkeypatch.setattr("lrm_pl.weights.resolve.download", fail)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
-    from lrm_pl.evaluation.features import load_inception
-
     with pytest.raises(ValueError, match=r"(?s)were not found .*Give the path of the file: --inception FILE"):
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
