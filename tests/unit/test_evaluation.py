@@ -157,7 +157,7 @@ def test_surface_metrics_are_computed_and_an_empty_field_is_noted(monkeypatch):
 
 @pytest.mark.parametrize("name", ["geometry-posed", "geometry"])
 def test_the_true_mesh_has_a_small_distance_and_its_mirror_image_has_a_large_distance(name, monkeypatch):
-    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (8, 6, 6))
+    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (12, 12, 6))
     rotation_grid.cache_clear()
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: torch.zeros(4, 3, 32, 32))
     vertices, faces = lumps()

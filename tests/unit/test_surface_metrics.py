@@ -19,8 +19,8 @@ def ball(radius=1.0, center=(0, 0, 0), count=40_000, seed=0):
 
 @pytest.fixture
 def coarse_rotations(monkeypatch):
-    """Search 288 instead of 6,912 rotations."""
-    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (8, 6, 6))
+    """Search 864 instead of 6,912 rotations."""
+    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (12, 12, 6))
     rotation_grid.cache_clear()
     yield
     rotation_grid.cache_clear()
