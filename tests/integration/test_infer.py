@@ -1,4 +1,4 @@
-"""End-to-end tests of `lrm infer`; its files are opened by other programs."""
+"""End-to-end tests of `lrm infer`, whose files are opened with other programs."""
 
 import dataclasses
 import io
@@ -71,9 +71,7 @@ def validated(root):
     [pytest.param((), marks=pytest.mark.soak), ("--texture", "128", "--faces", "800")],
     ids=["colors", "texture"],
 )
-def test_a_folder_of_images_becomes_meshes_orbits_and_records(
-    pretrained, images, tmp_path, validated, capsys, texture
-):
+def test_a_folder_of_images_is_reconstructed(pretrained, images, tmp_path, validated, capsys, texture):
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="1 of 3 images failed; see the messages above"):
         main([str(images), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
@@ -103,7 +101,7 @@ def test_a_folder_of_images_becomes_meshes_orbits_and_records(
         assert max(len(rows), len(columns)) / len(seen) == pytest.approx(0.7, abs=0.03)
 
 
-def test_blender_opens_the_files_upright_and_in_their_units(
+def test_blender_imports_all_formats_upright_and_in_their_units(
     pretrained, images, tmp_path, render_python, root
 ):
     main([str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
@@ -132,9 +130,7 @@ def test_blender_opens_the_files_upright_and_in_their_units(
         np.testing.assert_allclose(box, expected * scale, atol=1e-5 * scale)
 
 
-def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so(
-    pretrained, images, tmp_path, capsys
-):
+def test_vertex_colors_replace_a_texture_that_exceeds_the_time_limit(pretrained, images, tmp_path, capsys):
     options = ["--texture", "--texture-limit", "0.01"]
     main([str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
     assert (
@@ -145,7 +141,9 @@ def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so
     assert record["warnings"]
 
 
-def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_and_images_are_rejected_with_a_remedy(
+    pretrained, images, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     ckpt = ["--ckpt", str(pretrained)]
     for arguments, message in (
@@ -182,7 +180,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
     assert "expected an object in the image, but found only background" in capsys.readouterr().out
 
 
-def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one_message(
+def test_an_unavailable_background_remover_ends_the_command_with_one_message(
     pretrained, images, tmp_path, monkeypatch, capfd
 ):
     """Process an image with alpha and two photos while the official download and pip's index are unreachable."""
@@ -214,9 +212,7 @@ def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut"}
 
 
-def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_is_done_again(
-    pretrained, images, tmp_path
-):
+def test_an_interrupted_result_has_a_mesh_and_is_replaced_by_the_next_command(pretrained, images, tmp_path):
     pipeline, out = LRMPipeline.from_pretrained(pretrained), tmp_path / "out"
     options = MeshOptions(resolution=48, frames=2, size=32, formats=("glb", "stl"))
 
@@ -240,7 +236,7 @@ def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_
     assert (out / "mesh.glb").read_bytes() == mesh
 
 
-def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructed(
+def test_a_missing_video_encoder_is_reported_before_the_reconstruction(
     pretrained, images, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "cv2", None)  # not installed
@@ -259,7 +255,9 @@ def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructe
     assert (tmp_path / "cut" / "mesh.glb").is_file()
 
 
-def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(pretrained, images, tmp_path, monkeypatch):
+def test_the_assumed_camera_can_be_set_and_the_orbit_can_be_disabled(
+    pretrained, images, tmp_path, monkeypatch
+):
     command = ["lrm", "infer", str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path)]
     options = ["--distance", "1.9", "--fov", "40", "--frames", "0", "--resolution", "48", "--formats", "stl"]
     monkeypatch.setattr("sys.argv", [*command, *options])
@@ -269,7 +267,7 @@ def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(pretrained, im
     assert record["files"] == ["input.png", "mesh.stl"]
 
 
-def test_the_same_image_gives_the_same_bytes(pretrained, images, tmp_path):
+def test_equal_images_have_equal_results(pretrained, images, tmp_path):
     pipeline = LRMPipeline.from_pretrained(pretrained)
     options = MeshOptions(resolution=48, frames=0, texture=64, max_faces=300)
     for name in ("a", "b"):
@@ -278,7 +276,7 @@ def test_the_same_image_gives_the_same_bytes(pretrained, images, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_video_shows_its_frames_and_the_grid_begins_with_the_input():
+def test_videos_contain_all_frames_and_grids_begin_with_the_input():
     frames = [np.full((32, 32, 3), (20 * k, 100, 200 - 20 * k), dtype=np.uint8) for k in range(9)]
     assert encode_video(frames)[4:8] == b"ftyp"
     gif = Image.open(io.BytesIO(encode_gif(frames)))
@@ -291,7 +289,7 @@ def test_a_video_shows_its_frames_and_the_grid_begins_with_the_input():
     ]
 
 
-def test_xatlas_runs_in_a_process_of_its_own_whatever_lies_where_the_user_stands(tmp_path, monkeypatch):
+def test_the_subprocess_of_xatlas_does_not_import_from_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
     monkeypatch.chdir(tmp_path)
     vertices = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0)], dtype=np.float32)

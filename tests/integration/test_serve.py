@@ -100,7 +100,7 @@ def expected(kind):
     return 200 if kind == "good" else HOSTILE[kind][1]
 
 
-def test_every_request_gets_the_right_status_and_is_counted(server):
+def test_requests_have_the_documented_status_and_are_counted(server):
     async def counted(session):
         async with session.get(f"{server.address}/metrics") as answer:
             lines = (await answer.text()).splitlines()
@@ -144,7 +144,7 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
     asyncio.run(run())
 
 
-def test_bodies_that_are_no_image_are_named_with_what_to_type():
+def test_bodies_that_are_not_images_are_described():
     content = photo()
     stripped = content.translate(None, b"\r\n\0")
     jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG")
@@ -167,7 +167,7 @@ def test_bodies_that_are_no_image_are_named_with_what_to_type():
         assert found.startswith(named) if named else not found, (body[:20], found)
 
 
-def test_probes_slashes_and_strangers_find_their_way(server):
+def test_health_checks_trailing_slashes_and_unknown_paths(server):
     async def run():
         async with aiohttp.ClientSession() as session:
             for path in ("/health", "/health/"):
@@ -190,7 +190,7 @@ def test_probes_slashes_and_strangers_find_their_way(server):
     asyncio.run(run())
 
 
-def test_a_parameter_that_is_given_twice_is_refused(server):
+def test_a_repeated_parameter_is_rejected(server):
     async def run():
         async with aiohttp.ClientSession() as session:
             status, content = await ask(session, server, photo(), "?resolution=32&resolution=48")
@@ -199,7 +199,7 @@ def test_a_parameter_that_is_given_twice_is_refused(server):
     asyncio.run(run())
 
 
-def test_an_image_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
+def test_slow_uploads_time_out_and_large_uploads_are_rejected(server):
     def raw(head, body=b""):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
             line.sendall(f"POST /reconstruct HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
@@ -213,7 +213,7 @@ def test_an_image_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_
     assert raw("Transfer-Encoding: chunked", chunk).startswith("HTTP/1.1 413")
 
 
-def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained):
+def test_requests_beyond_the_queue_are_rejected_and_late_requests_time_out(pretrained):
     server = serve(pretrained, "--seconds", "0.5")
     try:
 
@@ -231,10 +231,10 @@ def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained)
         server.kill()
 
 
-def test_what_nobody_waits_for_any_more_is_not_worked_on(pretrained):
+def test_canceled_requests_are_dropped_and_a_stopped_server_completes_the_running_request(pretrained):
     server = serve(pretrained, "--queue", "20")
 
-    async def run():
+    async def cancel():
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.4)) as session:
             await asyncio.gather(
                 *(ask(session, server, photo(), "?resolution=64") for _ in range(16)), return_exceptions=True
@@ -250,19 +250,7 @@ def test_what_nobody_waits_for_any_more_is_not_worked_on(pretrained):
             async with session.get(f"{server.address}/metrics") as answer:
                 return await answer.text()
 
-    try:
-        found = asyncio.run(run())
-        dropped = re.search(r'lrm_requests_total\{status="499"\} (\d+)', found)
-        assert dropped, found
-        assert int(dropped[1]) >= 8
-    finally:
-        server.kill()
-
-
-def test_a_server_that_is_told_to_end_finishes_what_it_has_begun_and_sends_the_rest_away(pretrained):
-    server = serve(pretrained, "--queue", "20")
-
-    async def run():
+    async def stop():
         async with aiohttp.ClientSession() as session:
             asked = [asyncio.create_task(ask(session, server, photo(), "?resolution=64")) for _ in range(16)]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
@@ -270,10 +258,12 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_begun_and_sends_the_r
             return [status for status, _ in await asyncio.gather(*asked)]
 
     try:
-        statuses = asyncio.run(run())
+        dropped = re.search(r'lrm_requests_total\{status="499"\} (\d+)', asyncio.run(cancel()))
+        statuses = asyncio.run(stop())
         said = server.stop()
     finally:
         server.kill()
+    assert int(dropped[1]) >= 8
     assert set(statuses) == {200, 503}
     assert statuses.count(503) >= 8
     assert "Traceback" not in said
@@ -284,9 +274,9 @@ async def one_more(server):
         return (await ask(session, server, photo()))[0]
 
 
-def test_a_mixture_of_good_and_hostile_requests_is_answered_each_as_it_should(server):
-    found = asyncio.run(mixed(server, 60, 0.3))
-    assert sum(map(len, found.values())) == 60
+def test_a_mixture_of_valid_and_hostile_requests(server):
+    found = asyncio.run(mixed(server, 30, 0.5))
+    assert sum(map(len, found.values())) == 30
     for kind, statuses in found.items():
         assert set(statuses) == {expected(kind)}, kind
     assert server.process.poll() is None
@@ -294,7 +284,7 @@ def test_a_mixture_of_good_and_hostile_requests_is_answered_each_as_it_should(se
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_thousand_requests_with_one_in_twenty_hostile_neither_crash_nor_leak(server):
+def test_a_thousand_mixed_requests_neither_crash_nor_leak(server):
     asyncio.run(mixed(server, 100, 0.05))
     before = server.memory()
     start = time.monotonic()

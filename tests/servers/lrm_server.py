@@ -1,4 +1,4 @@
-"""`lrm` commands that serve, in processes of their own."""
+"""Server commands of `lrm`, run as processes."""
 
 import signal
 import socket
@@ -12,7 +12,7 @@ import pytest
 
 
 class Served:
-    """A serving command on a free port of this machine.
+    """Server command on a free port of this machine.
 
     Args:
         arguments: Arguments of `lrm`, except the port.
@@ -23,7 +23,7 @@ class Served:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "lrm_pl", *map(str, arguments), "--port", str(self.port)]
-        self._log = tempfile.TemporaryFile("w+")  # a pipe that nobody empties would stop it
+        self._log = tempfile.TemporaryFile("w+")  # a full pipe would block the process
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         self.address = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 120
@@ -34,20 +34,20 @@ class Served:
             assert self.process.poll() is None, self.said()
             time.sleep(0.1)
         self.kill()
-        pytest.fail("it does not listen")
+        pytest.fail("The server does not listen")
 
     def memory(self):
-        """Return the resident memory in MB."""
+        """Return the resident memory in megabytes."""
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
     def stop(self):
-        """Terminate it as a service manager does and return its output."""
+        """Send SIGTERM, wait for the process to end, and return its output."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
         return self.said()
 
     def kill(self):
-        """Kill it and return its output."""
+        """Kill the process and return its output."""
         self.process.kill()
         self.process.wait()
         said = self.said()
@@ -55,6 +55,6 @@ class Served:
         return said
 
     def said(self):
-        """Return its output so far."""
+        """Return the output of the process so far."""
         self._log.seek(0)
         return self._log.read()
