@@ -16,7 +16,7 @@ from PIL import Image
 
 from lrm_pl.errors import InputError
 from lrm_pl.images import open_image
-from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.options import MeshOptions, require_between
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import make_mesh, to_tensor, to_uint8
 from lrm_pl.inference.video import encode_video
@@ -121,23 +121,6 @@ def reject_urls(data: Any) -> None:  # noqa: ANN401 - JSON
         reject_urls(list(data.values()))
 
 
-def require_within(bounds: tuple[int, int], value: Any, name: str) -> float:  # noqa: ANN401 - JSON
-    """Return a value after checking that it is a number within bounds.
-
-    Args:
-        bounds: Minimum and maximum.
-        value: Value to check.
-        name: Name of the value, for messages.
-
-    Raises:
-        InputError: The value is not a number or is out of bounds.
-    """
-    low, high = bounds
-    if not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(expected=f"a {name} from {low} to {high}", found=f"{value!r}")
-    return value
-
-
 def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a gradio.Blocks
     """Create the page.
 
@@ -172,8 +155,10 @@ def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a g
 
         try:
             with listening(show_stage):
-                resolution = int(require_within(RESOLUTIONS, resolution, "grid resolution"))
-                threshold = require_within(THRESHOLDS, threshold, "density threshold")
+                # The inputs are JSON from the client, because gradio does not preprocess them.
+                resolution, threshold = int(resolution), float(threshold)
+                require_between("grid resolution", resolution, *RESOLUTIONS)
+                require_between("density threshold", threshold, *THRESHOLDS)
                 image = open_image(
                     Path(photo["path"]),
                     "This file",

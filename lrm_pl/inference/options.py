@@ -15,6 +15,9 @@ TEXTURE_FACES = 20_000
 #: Upper bound of ``MeshOptions.max_faces``.
 MAX_FACES = 10**8
 
+#: Upper bound of ``MeshOptions.resolution``.
+MAX_RESOLUTION = 1024
+
 #: Minimum grid resolution in HTTP requests.
 MIN_SERVER_RESOLUTION = 16
 
@@ -56,7 +59,7 @@ class MeshOptions:
     def __post_init__(self) -> None:
         """Validate the values."""
         for name, value, low, high in (
-            ("resolution", self.resolution, 8, 1024),
+            ("resolution", self.resolution, 8, MAX_RESOLUTION),
             ("floaters", self.floaters, 0, 1),
             ("faces", 4 if self.max_faces is None else self.max_faces, 4, MAX_FACES),
             ("texture", self.texture, 0, 8192),
@@ -65,8 +68,7 @@ class MeshOptions:
             ("size", self.size, 8, 4096),
             ("elevation", self.elevation_deg, -89, 89),
         ):
-            if not low <= value <= high:
-                raise InputError(expected=f"{name} from {low} to {high}", found=f"{value:g}")
+            require_between(name, value, low, high)
         distance = 1.0 if self.distance is None else self.distance
         fov = 90.0 if self.fov_deg is None else self.fov_deg
         if not 0 < distance < math.inf or not 0 < fov < 180:
@@ -76,6 +78,12 @@ class MeshOptions:
             )
         if self.threshold is not None and not 0 < self.threshold < math.inf:
             raise InputError(expected="a threshold above 0", found=f"{self.threshold:g}")
+
+
+def require_between(name: str, value: float, low: float, high: float) -> None:
+    """Raise an ``InputError`` if a value is not in the closed interval from ``low`` to ``high``."""
+    if not low <= value <= high:
+        raise InputError(expected=f"{name} from {low} to {high}", found=f"{value:g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +112,5 @@ class ServerLimits:
         for name in ("megabytes", "megapixels", "seconds", "upload_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(expected=f"{name} above 0", found=f"{getattr(self, name):g}")
-        if self.queue < 0:
-            raise InputError(expected="queue of 0 or more", found=self.queue)
-        MeshOptions(resolution=self.resolution)
-        if self.resolution < MIN_SERVER_RESOLUTION:
-            raise InputError(expected=f"resolution of {MIN_SERVER_RESOLUTION} or more", found=self.resolution)
+        require_between("queue", self.queue, 0, math.inf)
+        require_between("resolution", self.resolution, MIN_SERVER_RESOLUTION, MAX_RESOLUTION)

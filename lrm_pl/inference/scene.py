@@ -194,14 +194,11 @@ def reconstruct(
             found=" x ".join(map(str, shape)),
             remedy="crop it, or convert it to RGBA",
         )
-    if not image.is_floating_point():
+    in_range = torch.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
+    if not image.is_floating_point() or not in_range:
         raise InputError(
-            expected="an image of floats in [0, 1]", found=image.dtype, remedy="divide bytes by 255"
-        )
-    if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise InputError(
-            expected="an image in [0, 1]",
-            found=f"{image.min():.3g} to {image.max():.3g}",
+            expected="an image of floats in [0, 1]",
+            found=f"{image.dtype} from {image.min():.3g} to {image.max():.3g}",
             remedy="divide bytes by 255",
         )
     if network.input_views != 1:

@@ -1,7 +1,6 @@
 """Creation of grid images and videos from the frames of an orbit."""
 
 import io
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,10 +49,9 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
             remedy="install it with pip install -e '.[infer]', or render no orbit: --frames 0",
         ) from error
     height, width = frames[0].shape[:2]
-    descriptor, path = tempfile.mkstemp(suffix=".mp4", prefix="lrm-orbit-")
-    os.close(descriptor)
-    try:
-        writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"vp09"), FPS, (width, height))
+    with tempfile.TemporaryDirectory(prefix="lrm-orbit-") as folder:
+        path = Path(folder) / "orbit.mp4"
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), FPS, (width, height))
         if not writer.isOpened():
             raise InputError(
                 expected="OpenCV with a VP9 encoder", found=f"version {cv2.__version__} without one"
@@ -61,9 +59,7 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
         for frame in frames:
             writer.write(np.ascontiguousarray(frame[..., ::-1]))
         writer.release()
-        return Path(path).read_bytes()
-    finally:
-        Path(path).unlink(missing_ok=True)
+        return path.read_bytes()
 
 
 def encode_gif(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:

@@ -159,7 +159,7 @@ for words in json.loads(sys.argv[1]):
         (["infer", "a.png", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["evaluate", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
-        (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, but found 2048"),
+        (["serve", "--resolution", "2048"], "expected resolution from 16 to 1024, but found 2048"),
         (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["view", "nosuch"], "expected a run folder at nosuch, but found none"),
         (["export", "nosuch", "out"], "found nothing at nosuch"),

@@ -241,7 +241,7 @@ def test_alpha_is_put_over_white_and_wrong_images_are_refused_with_the_remedy():
         (torch.zeros(28, 28), "found 28 x 28. Crop it"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
         (torch.zeros(4, 28, 28), "alpha 0 everywhere"),
-        (torch.full((3, 28, 28), torch.nan), r"expected an image in \[0, 1\]"),
+        (torch.full((3, 28, 28), torch.nan), r"expected an image of floats in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             reconstruct(network, Renderer(24), wrong)
