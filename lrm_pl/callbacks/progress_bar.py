@@ -1,9 +1,8 @@
 """Progress bar over optimizer steps, with the loss and throughput of the last logged step."""
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lrm_pl.training.step_logging import is_logged_step
 
@@ -21,7 +20,7 @@ class ProgressBar(TQDMProgressBar):
         super().__init__()
         self._shown: dict[str, float] = {}
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
         """Count the optimizer steps of the whole run, including the steps before the run was resumed."""
         super().on_train_epoch_start(trainer)
         bar = self.train_progress_bar
@@ -33,8 +32,8 @@ class ProgressBar(TQDMProgressBar):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Any,  # noqa: ANN401
+        outputs: STEP_OUTPUT,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Update the progress bar, and read logged metrics at logging steps."""

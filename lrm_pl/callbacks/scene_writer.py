@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from PIL import Image
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.images import encode_png
+from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.result_folder import RECORD_NAME
 from lrm_pl.inference.scene import Scene, to_uint8
 from lrm_pl.inference.video import encode_video, make_grid
 from lrm_pl.meshing.export import encode_mesh
@@ -20,7 +21,8 @@ from lrm_pl.meshing.surface import NoSurfaceError
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME = "result.json"
+#: Options of the mesh and the orbit.
+OPTIONS = MeshOptions()
 
 
 class SceneWriter(L.Callback):
@@ -31,43 +33,37 @@ class SceneWriter(L.Callback):
     Args:
         folder: Output folder.
         metadata: Entries of every result.json, such as the model and the versions.
-        resolution: Number of points of the density grid along each axis.
-        frames: Number of frames of the orbit video.
-        size: Side of a frame in pixels.
     """
 
-    def __init__(
-        self, folder: Path, metadata: dict[str, Any], resolution: int = 256, frames: int = 60, size: int = 256
-    ) -> None:
+    def __init__(self, folder: Path, metadata: dict[str, Any]) -> None:
         self.folder, self.metadata = folder, metadata
-        self.resolution, self.frames, self.size = resolution, frames, size
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        outputs: object,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Write the results of the objects of a batch, except for padding."""
-        scenes: list[Scene] = outputs
-        for index, (key, scene) in enumerate(zip(batch.ids, scenes, strict=True)):
+        assert isinstance(outputs, list)
+        for index, (key, scene) in enumerate(zip(batch.ids, outputs, strict=True)):
             if batch.weight[index]:
                 self._write(self.folder / key, key, scene, batch, index)
 
     def _write(self, folder: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD_NAME).unlink(missing_ok=True)
-        frames = [to_uint8(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
-        pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
-        source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
+        orbit = scene.orbit(OPTIONS.frames, OPTIONS.size, OPTIONS.elevation_deg)
+        frames = [to_uint8(frame) for frame in orbit]
+        source = Image.fromarray(to_uint8(batch.input.images[index, 0].permute(1, 2, 0))).convert("RGBA")
         files = {"orbit.mp4": encode_video(frames), "grid.png": encode_png(make_grid(source, frames))}
         shape, notes = None, list[str]()
         try:
             density = scene.threshold
-            mesh = scene.mesh(resolution=self.resolution)
+            mesh = scene.mesh(resolution=OPTIONS.resolution)
             files |= encode_mesh(mesh, "glb")
             shape = {"vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": density}
         except NoSurfaceError as error:
@@ -80,7 +76,7 @@ class SceneWriter(L.Callback):
             "object": key,
             "camera": dataclasses.asdict(scene.camera),
             "mesh": shape,
-            "options": {"resolution": self.resolution, "frames": self.frames, "size": self.size},
+            "options": {name: getattr(OPTIONS, name) for name in ("resolution", "frames", "size")},
             "warnings": notes,
             "files": sorted(files),
         }

@@ -1,17 +1,17 @@
 """Measurement of the time per phase of an optimizer step, the throughput and the peak memory.
 
-Phases are marked by forward hooks, by Lightning's callback hooks and, for data loading, by Lightning's profiler
-interface. The README of this folder lists the logged metrics and their units.
+Phases are marked by forward hooks, by Lightning's callback hooks and, for data loading, by ``DataWaitProfiler``. The
+README of this folder lists the logged metrics and their units.
 """
 
 import logging
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import lightning as L
 import torch
-from lightning.pytorch.profilers import PassThroughProfiler
 
+from lrm_pl.callbacks.data_wait import DataWaitProfiler
 from lrm_pl.callbacks.phase_clock import PhaseClock
 from lrm_pl.callbacks.utilization import BatchSize, UtilizationMeter
 from lrm_pl.data.batch import Batch
@@ -21,22 +21,10 @@ from lrm_pl.training.step_logging import is_logged_step
 
 logger = logging.getLogger(__name__)
 
-PHASES = (
-    "data_wait",
-    "encoder",
-    "transformer",
-    "renderer",
-    "losses",
-    "backward",
-    "optimizer",
-    "other",
-)
+PHASES = ("data_wait", "encoder", "transformer", "renderer", "losses", "backward", "optimizer", "other")
 
 #: Phase of validation, which is excluded from all totals.
 PAUSE = "pause"
-
-#: Action that the training loop reports to ``trainer.profiler`` while it waits for a batch.
-FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 
 
 @final
@@ -50,13 +38,12 @@ class StepTimer(L.Callback):
     and backward passes of the model reach, without recomputation (PaLM, appendix B). It is omitted if the peak of the
     devices is unknown.
 
-    The wait for data is measured by a profiler. If the trainer has no profiler, it gets a profiler that measures only
-    this wait. If the trainer has a profiler, the wait counts as ``other``.
+    The wait for data is measured if ``trainer.profiler`` is a ``DataWaitProfiler``. Otherwise, it counts as ``other``.
     """
 
     def __init__(self) -> None:
-        self._clock: PhaseClock | None = None
-        self._steps = self._samples = self._rays = 0
+        self._clock: PhaseClock | None = None  # only while training runs
+        self._steps = 0
         self._batches: list[BatchSize] = []
         self._meter: UtilizationMeter | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -70,112 +57,92 @@ class StepTimer(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register the hooks and start the clock."""
         assert isinstance(pl_module, LRMModule)
-        self._steps = self._samples = self._rays = 0
-        self._batches = []
+        self._steps, self._batches = 0, []
         self._clock = PhaseClock(trainer.strategy.root_device)
         self._register_hooks(pl_module)
-        if isinstance(trainer.profiler, PassThroughProfiler):  # type: ignore[attr-defined]
-            trainer.profiler = _FetchProfiler(self._clock)  # type: ignore[attr-defined]
+        profiler = trainer.profiler  # type: ignore[attr-defined]
+        if isinstance(profiler, DataWaitProfiler):
+            profiler.clock = self._clock
         else:
-            logger.info("time/data_wait is part of time/other: the trainer already has a profiler")
-        self._clock.switch("other")
+            logger.info(
+                "time/data_wait is part of time/other, because trainer.profiler is not a DataWaitProfiler"
+            )
+        self._switch("other")
 
-    def on_before_backward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor
-    ) -> None:
+    def on_before_backward(self, *_: object) -> None:
         """Start the backward phase."""
         self._switch("backward")
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_after_backward(self, *_: object) -> None:
         """End the backward phase."""
         self._switch("other")
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, *_: object) -> None:
         """Start the optimizer phase, which lasts until the end of the batch."""
         self._switch("optimizer")
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Count samples and rays, and log metrics at logging steps."""
+        """Record the size of the batch, and log metrics at logging steps."""
         assert self._clock is not None
-        self._clock.switch("other")
-        self._samples += len(batch.ids) * trainer.world_size
+        self._switch("other")
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         before = trainer.global_step - ends_step
         self._batches.append(BatchSize(len(batch.ids), batch.target.alpha.numel(), before))
-        self._rays += batch.target.alpha.numel() * trainer.world_size
-        if not ends_step:
-            return
-        self._steps += 1
-        if not is_logged_step(trainer, trainer.global_step):
+        self._steps += ends_step
+        if not (ends_step and is_logged_step(trainer, trainer.global_step)):
             return
         spent = self._clock.pop_totals()
         total = max(sum(ms for phase, ms in spent.items() if phase != PAUSE), 1e-6)
+        per_second = 1000 * trainer.world_size / total
         mfu = self._utilization(pl_module.device, total / 1000)
-        times = {f"time/{phase}": spent.get(phase, 0.0) / self._steps for phase in PHASES}
-        pl_module.log("speed/samples_per_second", 1000 * self._samples / total)
         pl_module.log_dict(
             {
-                "speed/rays_per_second": 1000 * self._rays / total,
+                "speed/samples_per_second": per_second * sum(one.objects for one in self._batches),
+                "speed/rays_per_second": per_second * sum(one.pixels for one in self._batches),
                 "speed/data_wait_fraction": spent.get("data_wait", 0.0) / total,
                 "time/step": total / self._steps,
                 **({} if mfu is None else {"speed/mfu": mfu}),
-                **times,
+                **{f"time/{phase}": spent.get(phase, 0.0) / self._steps for phase in PHASES},
                 **peak_memory(pl_module.device),
             }
         )
-        self._steps = self._samples = self._rays = 0
-        self._batches = []
+        self._steps, self._batches = 0, []
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, *_: object) -> None:
         """Exclude validation and the preceding start of the loader workers for validation."""
         if self._clock is not None:
             self._clock.rename(PAUSE)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the hooks."""
-        self._clear(trainer)
+    def on_train_end(self, trainer: L.Trainer, *_: object, **__: object) -> None:
+        """Remove the hooks and the clock of the profiler."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._clock = [], None
+        if isinstance(trainer.profiler, DataWaitProfiler):  # type: ignore[attr-defined]
+            trainer.profiler.clock = None  # type: ignore[attr-defined]
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Remove the hooks."""
-        self._clear(trainer)
+    on_exception = on_train_end
 
     def _utilization(self, device: torch.device, seconds: float) -> float | None:
         """Return the model FLOPs utilization, and exclude the time that its computation takes."""
-        assert self._clock is not None
         assert self._meter is not None
-        self._clock.switch(PAUSE)
+        self._switch(PAUSE)
         utilization = self._meter.utilization(self._batches, device, seconds)
-        self._clock.switch("other")
+        self._switch("other")
         return utilization
 
     def _switch(self, phase: str) -> None:
         assert self._clock is not None
         self._clock.switch(phase)
 
-    def _clear(self, trainer: L.Trainer) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._clock = [], None
-        if isinstance(trainer.profiler, _FetchProfiler):  # type: ignore[attr-defined]
-            trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
-
     def _register_hooks(self, module: LRMModule) -> None:
         def switch_to(phase: str) -> Callable[..., None]:
             return lambda *_: self._switch(phase) if module.training else None
 
         lrm, renderer, objective = module.lrm, module.renderer, module.objective
-        self._hooks += [
+        self._hooks = [
             lrm.encoder.register_forward_pre_hook(switch_to("encoder")),
             lrm.encoder.register_forward_hook(switch_to("transformer")),
             lrm.upsampler.register_forward_hook(switch_to("renderer")),
@@ -184,19 +151,3 @@ class StepTimer(L.Callback):
             objective.register_forward_pre_hook(switch_to("losses")),
             objective.register_forward_hook(switch_to("other")),
         ]
-
-
-class _FetchProfiler(PassThroughProfiler):
-    """Profiler that does nothing except recording the wait for a batch as a phase of a clock."""
-
-    def __init__(self, clock: PhaseClock) -> None:
-        super().__init__()
-        self._clock = clock
-
-    def start(self, action_name: str) -> None:
-        if action_name == FETCH_ACTION:
-            self._clock.switch("data_wait")
-
-    def stop(self, action_name: str) -> None:
-        if action_name == FETCH_ACTION:
-            self._clock.switch("other")

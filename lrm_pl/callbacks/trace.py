@@ -1,8 +1,7 @@
 """Profiler traces of a few training steps, for Perfetto or Chrome."""
 
 import logging
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import lightning as L
 from torch._C._profiler import _ExperimentalConfig
@@ -11,6 +10,7 @@ from torch.profiler import profile, schedule
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import profiler_activities
+from lrm_pl.training.run_folder import trainer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +38,26 @@ class TraceRecorder(L.Callback):
         Raises:
             InputError: The run has too few steps. If a resumed run has too few steps left, a warning is logged instead.
         """
-        left = trainer.max_steps - trainer.global_step
-        if left < WARMUP + self.steps and trainer.global_step:
-            logger.warning(
-                "No trace is recorded: %d steps are left, and %d are needed", left, WARMUP + self.steps
-            )
+        left, needed = trainer.max_steps - trainer.global_step, WARMUP + self.steps
+        if left < needed and trainer.global_step:
+            logger.warning("No trace is recorded: %d steps are left, and %d are needed", left, needed)
             return
-        if left < WARMUP + self.steps:
+        if left < needed:
             raise InputError(
-                expected=f"at least {WARMUP + self.steps} steps ({WARMUP} of warm-up, {self.steps} to profile)",
+                expected=f"at least {needed} steps ({WARMUP} of warm-up, {self.steps} to profile)",
                 found=left,
                 remedy="raise --trainer.max_steps or lower --run.profile",
             )
-        # All ranks must read log_dir because it communicates between ranks.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"
         if not trainer.is_global_zero:
             return
         first = trainer.global_step + WARMUP + 1
-        path = folder / f"rank0-steps-{first}-{first + self.steps - 1}.pt.trace.json"
+        name = f"rank0-steps-{first}-{first + self.steps - 1}.pt.trace.json"
+        path = trainer_folder(trainer) / "profile" / name
 
         def write(recorded: profile) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
-            logger.info(
-                "Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path
-            )
+            logger.info("Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path)
 
         self._profile = profile(
             activities=profiler_activities(pl_module.device),
@@ -74,28 +69,16 @@ class TraceRecorder(L.Callback):
         self._profile.start()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Advance the profiler schedule."""
         if self._profile is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._profile.step()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
         """Stop the profiler."""
-        self._stop()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Stop the profiler."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
+
+    on_exception = on_train_end

@@ -1,7 +1,6 @@
 """Image grids of validation views with the columns input, target, rendering, opacity and depth."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import EVALUATION_SETS
 from lrm_pl.training.module import Prediction
+from lrm_pl.training.run_folder import trainer_folder
 
 
 class ViewLogger(L.Callback):
@@ -26,7 +26,7 @@ class ViewLogger(L.Callback):
         self.objects = objects
         self._rows: dict[str, list[Tensor]] = {}
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, *_: object) -> None:
         """Clear the rows of the previous validation."""
         self._rows = {name: [] for name in EVALUATION_SETS}
 
@@ -34,23 +34,23 @@ class ViewLogger(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        outputs: object,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the rows of the first objects."""
+        assert isinstance(outputs, Prediction)
         rows = self._rows[EVALUATION_SETS[dataloader_idx]]
         if len(rows) < self.objects:
             real = batch.weight.nonzero().squeeze(-1).tolist()
             rows += [view_row(outputs, batch, index) for index in real[: self.objects - len(rows)]]
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Write the grids on rank 0."""
-        # All ranks must read log_dir because it communicates between ranks.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"
         if not trainer.is_global_zero:
             return
+        folder = trainer_folder(trainer) / "views"
         for name, rows in self._rows.items():
             if not rows:
                 continue

@@ -9,7 +9,7 @@ import ctypes
 import faulthandler
 import signal
 import threading
-from typing import Any, final
+from typing import final
 
 import lightning as L
 import numba
@@ -91,35 +91,24 @@ class HangWatchdog(L.Callback):
 
     def __init__(self, limit_s: float = 1800.0) -> None:
         if limit_s <= 0:
-            raise InputError(
-                expected="limit_s above 0",
-                found=limit_s,
-                remedy="remove the callback to disable the watchdog",
-            )
+            raise InputError("limit_s above 0", limit_s, "remove the callback to disable the watchdog")
         self.limit_s = limit_s
         self._timer: WatchdogTimer | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the timer."""
-        self._stop()
+        self.teardown()
         self._timer = WatchdogTimer(self.limit_s + STAGGER_S * trainer.local_rank)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: object, **__: object) -> None:
         """Stop the timer."""
-        self._stop()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Stop the timer."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.stop()
             self._timer = None
 
-    def _reset(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the hooks' own arguments
+    on_exception = teardown
+
+    def _reset(self, *_: object, **__: object) -> None:
         if self._timer is not None:
             self._timer.reset()
 

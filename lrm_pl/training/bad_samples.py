@@ -6,7 +6,6 @@ stops the run nor makes ranks wait for each other.
 """
 
 import logging
-from typing import Any
 
 import lightning as L
 import torch
@@ -45,12 +44,7 @@ class BadSamples(L.Callback):
         self._messages: dict[str, None] = {}  # an ordered set
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Log new bad samples. On logged steps, also sum the counts over all ranks and check the fraction."""
         for faults in batch.faults:

@@ -79,12 +79,7 @@ class WeightAverage(L.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Update the average, unless the step was skipped."""
         assert isinstance(pl_module, LRMModule)

@@ -48,7 +48,7 @@ class ImageMetricsLogger(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        outputs: Any,  # noqa: ANN401 - Prediction, whose module imports this one
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,

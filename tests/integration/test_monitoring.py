@@ -1,4 +1,4 @@
-"""What a run says about its own speed, in process, on analytic shards."""
+"""Monitoring of a run in this process: phases of a step, utilization, traces and logged files."""
 
 import csv
 import importlib.util
@@ -43,13 +43,13 @@ def no_report(monkeypatch):
 
 
 def lines(folder):
-    """Read the log lines of training."""
+    """Return the rows of metrics.csv that the step timer has logged."""
     with open(folder / "metrics.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if row["time/step"]]
 
 
 def slow(monkeypatch, owner, name, seconds):
-    """Make a method take so much longer."""
+    """Delay a method by a number of seconds."""
     original = getattr(owner, name)
 
     def slower(self, *arguments, **keywords):
@@ -59,7 +59,7 @@ def slow(monkeypatch, owner, name, seconds):
     monkeypatch.setattr(owner, name, slower)
 
 
-def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time_and_the_peak(
+def test_mfu_is_the_model_flops_divided_by_the_time_and_the_peak(
     quick, monkeypatch, tmp_path, no_report
 ):
     monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: 1e9)
@@ -75,16 +75,20 @@ def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time
         )
 
 
-def test_a_device_without_a_known_peak_has_no_utilization(quick, monkeypatch, tmp_path, no_report):
+def test_mfu_needs_a_known_peak_and_data_wait_needs_its_profiler(quick, monkeypatch, tmp_path, no_report):
     monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: None)
-    main(["fit", *quick, TIMER_ALONE])
-    assert all("speed/mfu" not in row for row in lines(tmp_path / "run"))
+    main(["fit", *quick, TIMER_ALONE, "--trainer.profiler=simple"])
+    for row in lines(tmp_path / "run"):
+        assert "speed/mfu" not in row
+        assert float(row["time/data_wait"]) == 0 < float(row["time/other"])
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
+def test_phases_are_measured_separately_and_sum_to_the_step(
     quick, tmp_path, monkeypatch, no_report, accumulate
 ):
+    # The simulation of a step for speed/mfu would take longer than the steps.
+    monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: None)
     ends, validations = [], []
     end_of_batch, validation = StepTimer.on_train_batch_end, LRMModule.validation_step
     monkeypatch.setattr(
@@ -127,7 +131,7 @@ def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
     assert 0.6 * passed < 3 * float(second["time/step"]) / 1000 < passed
 
 
-def test_after_a_run_the_network_carries_no_marks(quick, shards, monkeypatch, no_report):
+def test_hooks_and_the_clock_are_removed_after_training(quick, shards, monkeypatch, no_report):
     seen = []
     monkeypatch.setattr(LRMModule, "on_fit_end", lambda self: seen.append(self), raising=False)
     main(["fit", *quick, TIMER_ALONE])
@@ -136,10 +140,11 @@ def test_after_a_run_the_network_carries_no_marks(quick, shards, monkeypatch, no
     assert type(module.objective) is Objective
     assert not module.lrm.encoder._forward_pre_hooks
     assert not module.lrm.upsampler._forward_hooks
+    assert module.trainer.profiler.clock is None
 
 
 @pytest.mark.slow
-def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operations(quick, tmp_path, caplog):
+def test_run_profile_writes_a_trace_with_the_operators_of_the_package(quick, tmp_path, caplog):
     caplog.set_level("INFO")
     main(
         ["fit", *quick, "--run.profile", "2", "--trainer.max_steps", "7", "--trainer.limit_val_batches", "0"]
@@ -152,12 +157,12 @@ def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operati
     assert "lrm_pl::triplane_sample" in names
 
 
-def test_a_run_too_short_to_profile_says_so_before_its_first_step(quick):
+def test_run_profile_is_rejected_if_the_run_has_too_few_steps(quick):
     with pytest.raises(SystemExit, match=r"expected at least 7 steps .* found 6. Raise"):
         main(["fit", *quick, "--run.profile", "2"])
 
 
-def test_without_tensorboard_images_config_and_report_are_still_written(quick, tmp_path):
+def test_images_config_and_report_are_written_without_tensorboard(quick, tmp_path):
     main(["fit", *quick, "--trainer.max_steps", "3"])
     folder = tmp_path / "run"
     for name in (
@@ -173,7 +178,7 @@ def test_without_tensorboard_images_config_and_report_are_still_written(quick, t
         assert any(row["val/heldout/psnr_pooled"] for row in csv.DictReader(file))
 
 
-def test_without_any_logger_a_run_keeps_to_its_folder(quick, tmp_path, monkeypatch):
+def test_a_run_without_loggers_writes_only_to_its_folder(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["fit", *quick, "--trainer.logger", "false", "--trainer.max_steps", "3"])
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
@@ -182,6 +187,6 @@ def test_without_any_logger_a_run_keeps_to_its_folder(quick, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_weights_and_biases_that_is_not_installed_is_asked_for(quick, root):
+def test_a_missing_wandb_package_is_reported(quick, root):
     with pytest.raises(SystemExit, match=r"cannot create .*WandbLogger: Requirement 'wandb.*pip install"):
         main(["fit", *quick, "-c", str(root / "configs/logger/wandb.yaml")])
