@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def lock(file: IO[Any], *, wait: bool) -> bool:
+def lock(file: IO[Any], *, wait: bool, posix: bool = False) -> bool:
     """Lock a file until it is closed.
 
     Args:
         file: An open file.
         wait: Whether to wait until the lock is free.
+        posix: Whether to use a POSIX lock, which child processes do not inherit, instead of ``flock``.
 
     Returns:
         Whether the file is locked. If the file system does not support locks, the result is False and a warning is
@@ -31,7 +32,7 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
         BlockingIOError: The lock is not free, and ``wait`` is False.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        (fcntl.lockf if posix else fcntl.flock)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

@@ -13,7 +13,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrm_pl.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, tensor_names
+from lrm_pl.checkpoints.index import newest_checkpoint, read_checkpoint
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
 from tests import ROOT
 
 RUN_CONFIG = {

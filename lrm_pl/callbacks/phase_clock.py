@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Any]] = []  # with seconds, or with events on CUDA
 
     def switch(self, phase: str) -> None:
         """End the active phase and start a new phase."""
@@ -39,21 +40,14 @@ class PhaseClock:
         if not self._marks:
             return {}
         active, end = self._marks[-1][0], self._now()
-        if not isinstance(end, float):
+        if on_cuda(self.device):
             end.synchronize()
         totals: dict[str, float] = {}
         for (phase, start), (_, stop) in itertools.pairwise([*self._marks, (active, end)]):
-            totals[phase] = totals.get(phase, 0.0) + _milliseconds(start, stop)
+            spent = start.elapsed_time(stop) if on_cuda(self.device) else 1000 * (stop - start)
+            totals[phase] = totals.get(phase, 0.0) + spent
         self._marks = [(active, end)]
         return totals
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:  # noqa: ANN401 - seconds, or an event on CUDA
         return record_event(self.device) if on_cuda(self.device) else time.perf_counter()
-
-
-def _milliseconds(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
-    if isinstance(start, float) or isinstance(stop, float):
-        assert isinstance(start, float), start
-        assert isinstance(stop, float), stop
-        return 1000 * (stop - start)
-    return start.elapsed_time(stop)

@@ -57,7 +57,9 @@ class TraceRecorder(L.Callback):
         def write(recorded: profile) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
-            logger.info("Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path)
+            logger.info(
+                "Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path
+            )
 
         self._profile = profile(
             activities=profiler_activities(pl_module.device),

@@ -3,23 +3,16 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 from lrm_pl.checkpoints.files import FileRecords, hashed_file, sync_folder
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local, open_store, store_errors
-
-#: Whether the highest or the lowest value of a metric is the best.
-Mode = Literal["max", "min"]
-
-#: Factor by which a metric is multiplied so that the highest value is the best.
-MODE_SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -69,9 +62,8 @@ def partial_path(path: str) -> str:
     return f"{path}.partial" if is_local(path) else path
 
 
-def create_partial(path: str) -> None:
+def create_partial(folder: str) -> None:
     """Create an empty folder for the files of an incomplete checkpoint."""
-    folder = partial_path(path)
     if is_local(folder):
         inner = open_store(folder)[1]
         shutil.rmtree(inner, ignore_errors=True)
@@ -234,17 +226,17 @@ def read_checkpoint(path: str) -> Checkpoint:
 
     def check(name: str) -> CheckpointError | None:
         size, digest = checkpoint.files[name]
-        found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else None
-        if found is None:
-            expected, problem = "a file", "none: the checkpoint is damaged"
-        elif found != size:
-            expected, problem = f"{size} bytes", f"{found}: the checkpoint is damaged"
-        else:
+        found = f"{fs.size(f'{inner}/{name}')} bytes" if fs.isfile(f"{inner}/{name}") else "no file"
+        if found == f"{size} bytes":
             with fs.open(f"{inner}/{name}", "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:
                     return None
-            expected, problem = f"SHA-256 {digest}", "a different one: the checkpoint is damaged"
-        return CheckpointError(subject=f"{path}/{name}", expected=expected, found=problem)
+            found = "a different hash"
+        return CheckpointError(
+            subject=f"{path}/{name}",
+            expected=f"{size} bytes with SHA-256 {digest}",
+            found=f"{found}: the checkpoint is damaged",
+        )
 
     with store_errors(path), ThreadPoolExecutor(_HASHING_THREADS) as pool:
         for error in pool.map(check, checkpoint.files):
@@ -290,78 +282,3 @@ def has_index(path: str) -> bool:
     fs, inner = open_store(path)
     with store_errors(path):
         return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))
-
-
-def prune_checkpoints(
-    folder: str,
-    *,
-    keep: int,
-    keep_every: int | None = None,
-    ignored: Collection[str] = (),
-    monitor: str | None = None,
-    mode: Mode = "max",
-) -> None:
-    """Delete old checkpoints, except for the newest, the best and every n-th checkpoint.
-
-    Args:
-        folder: Folder of the checkpoints.
-        keep: Number of most recent checkpoints to keep.
-        keep_every: Number of steps between checkpoints that are never deleted, or None.
-        ignored: Paths of checkpoints that are neither counted nor deleted, such as damaged checkpoints.
-        monitor: Name of the metric of the best checkpoint; see ``best_score``.
-        mode: Whether the highest or the lowest value of the metric is the best.
-    """
-    paths = [path for path in list_checkpoints(folder) if path not in ignored]
-    scores = _signed_scores(paths, monitor, mode)
-    kept = {*paths[:keep], *sorted(scores, key=lambda path: scores[path])[-1:]}
-    for path in reversed(paths):
-        if path not in kept and not (keep_every and checkpoint_step(path) % keep_every == 0):
-            remove_checkpoint(path)
-
-
-def best_score(
-    folder: str,
-    warn: Callable[[str], None],
-    ignored: Collection[str] = (),
-    monitor: str | None = None,
-    mode: Mode = "max",
-) -> tuple[float | None, set[str]]:
-    """Return the best score (``run["score"]``) of the valid checkpoints in a folder.
-
-    Args:
-        folder: Folder of the checkpoints.
-        warn: Function that is called with a message for each damaged checkpoint.
-        ignored: Paths of checkpoints to ignore.
-        monitor: Name of the metric. Scores of other metrics are ignored. If None, all scores are used.
-        mode: Whether the highest or the lowest value of the metric is the best.
-
-    Returns:
-        The best score, or None if no checkpoint has a score, and the paths of damaged checkpoints with a better score.
-    """
-    paths = [path for path in list_checkpoints(folder) if path not in ignored]
-    scores = _signed_scores(paths, monitor, mode)
-    damaged: set[str] = set()
-    for path in sorted(scores, key=lambda path: scores[path], reverse=True):
-        try:
-            read_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"The best checkpoint is damaged and no longer counts as the best. {error}")
-            damaged.add(path)
-        else:
-            return scores[path] * MODE_SIGNS[mode], damaged
-    return None, damaged
-
-
-def _signed_scores(paths: Collection[str], monitor: str | None, mode: Mode) -> dict[str, float]:
-    """Return a mapping from path to score, negated if lower is better, for checkpoints with a score in a metric."""
-    scores = {}
-    for path in paths:
-        try:
-            run = read_index(path).run
-        except CheckpointError:
-            continue
-        score = run.get("score")
-        matches = monitor is None or run.get("monitor", monitor) == monitor
-        if score is not None and not math.isnan(score) and matches:
-            scores[path] = float(score) * MODE_SIGNS[mode]
-    return scores

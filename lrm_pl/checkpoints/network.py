@@ -53,8 +53,17 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
         if isinstance(module, ImageEncoder):
             module.has_weights = True
     if average:
-        weights = lrm.state_dict()
-        read_tensors(checkpoint, {f"{_AVERAGE}{name}": weights[name] for name in averaged_names(checkpoint)})
+        load_average(checkpoint, lrm)
+
+
+def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
+    """Replace weights with their moving average. All ranks of a sharded network must call this together.
+
+    Raises:
+        CheckpointError: The checkpoint has no moving average.
+    """
+    weights = lrm.state_dict()
+    read_tensors(checkpoint, {f"{_AVERAGE}{name}": weights[name] for name in averaged_names(checkpoint)})
 
 
 def averaged_names(checkpoint: Checkpoint) -> list[str]:

@@ -21,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: What a path refers to instead of a checkpoint -> remedy.
+_REMEDIES = {
+    "nothing": "pass the folder of a run, or one of its checkpoints, RUN/checkpoints/step-...",
+    "a file": "pass the folder of a checkpoint, or convert published weights with `lrm convert`",
+    "an exported network": "start from it with `lrm fit --weights.network`",
+    "a run without checkpoints": "wait until the run has saved its first checkpoint, or pass another run",
+}
+
 
 def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
     """Return the verified checkpoint to resume from, or None to start from the first step.
@@ -88,37 +96,22 @@ def _require_checkpoint_folder(path: Path) -> None:
     Raises:
         CheckpointError: The path does not exist, or is a file, an exported network or a run without checkpoints.
     """
-    if not path.exists():
-        raise CheckpointError(
-            expected=f"a checkpoint or a run at {path}",
-            found="nothing",
-            remedy="pass the folder of a run, or one of its checkpoints, RUN/checkpoints/step-...",
-        )
-    if not path.is_dir():
-        folder = path.parent
-        in_checkpoint = (folder / INDEX_NAME).is_file() or (folder / "checkpoints").is_dir()
-        raise CheckpointError(
-            expected="the folder of a checkpoint or of a run",
-            found=f"the file {path}",
-            remedy=f"pass its folder: {folder}"
-            if in_checkpoint
-            else "convert published weights with `lrm convert`",
-        )
-    has_checkpoints = list_checkpoints(str(path)) or list_checkpoints(f"{path}/checkpoints")
-    if (path / INDEX_NAME).is_file() or has_checkpoints:
+    if (
+        (path / INDEX_NAME).is_file()
+        or list_checkpoints(str(path))
+        or list_checkpoints(f"{path}/checkpoints")
+    ):
         return
-    if (path / "model.safetensors").is_file():
-        raise CheckpointError(
-            expected=f"a checkpoint or a run at {path}",
-            found="an exported network",
-            remedy=f"start from it with `lrm fit --weights.network {path}`",
-        )
-    if (path / "config.yaml").is_file():
-        raise CheckpointError(
-            expected=f"a checkpoint of the run {path}",
-            found="none",
-            remedy="wait until the run has saved its first checkpoint, or pass another run",
-        )
+    states = {
+        "nothing": not path.exists(),
+        "a file": path.is_file(),
+        "an exported network": (path / "model.safetensors").is_file(),
+        "a run without checkpoints": (path / "config.yaml").is_file(),
+    }
+    for state, holds in states.items():
+        if holds:
+            expected = f"a checkpoint or the folder of a run at {path}"
+            raise CheckpointError(expected=expected, found=state, remedy=_REMEDIES[state])
 
 
 def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:

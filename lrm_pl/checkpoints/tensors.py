@@ -38,37 +38,20 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor], group: ProcessGroup 
         group: Process group whose ranks call this together. If None, only the calling process writes.
 
     Returns:
-        The files of all ranks for ``finalize_checkpoint`` on rank 0 of the group, and an empty dictionary on other
-        ranks.
+        The files of all ranks for ``finalize_checkpoint``.
 
     Raises:
         OSError: A file cannot be written. The error is raised on all ranks of the group.
     """
-    first = group is None or torch.distributed.get_rank(group) == 0
-    _create_partial_together(path, group, first=first)
     writer = _Writer(partial_path(path))
     _ignore_single_process_warning()
     with _unwrap_errors():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     if group is None:
         return writer.files.written
-    gathered: list[Any] | None = [None] * torch.distributed.get_world_size(group) if first else None
-    torch.distributed.gather_object(writer.files.written, gathered, dst=0, group=group)
-    return {name: record for files in gathered or [] for name, record in files.items()}
-
-
-def _create_partial_together(path: str, group: ProcessGroup | None, *, first: bool) -> None:
-    """Create the folder on the first rank. An error is raised on all ranks."""
-    outcome: list[OSError | None] = [None]
-    if first:
-        try:
-            create_partial(path)
-        except OSError as error:
-            outcome = [error]
-    if group is not None:
-        torch.distributed.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[0] is not None:
-        raise outcome[0]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(gathered, writer.files.written, group=group)
+    return {name: record for files in gathered for name, record in files.items()}
 
 
 def tensor_specs(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -164,17 +147,14 @@ class _Store(FileSystemBase):
         return os.fspath(path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Do nothing, because rank 0 has created the folder."""
+        """Do nothing, because ``_Writer.set_up_storage_writer`` creates the folder."""
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        fs, inner = open_store(os.fspath(path))
-        with store_errors(os.fspath(path)):
-            return bool(fs.exists(inner))
+        """Return False, because a checkpoint is written to an empty folder."""
+        return False
 
     def rm_file(self, path: str | os.PathLike[str]) -> None:
-        fs, inner = open_store(os.fspath(path))
-        with store_errors(os.fspath(path)):
-            fs.rm_file(inner)
+        """Do nothing, because no file is replaced."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -186,6 +166,12 @@ class _Writer(FileSystemWriter):
         super().__init__(path, sync_files=False)  # ``hashed_file`` flushes files to disk
         self.fs = self.files = _Store()  # type: ignore[assignment]  # annotated as FileSystem, used as FileSystemBase
         self.path = path
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:
+        """Create the folder on rank 0. DCP calls this before any rank writes, and raises errors on all ranks."""
+        if is_coordinator:
+            create_partial(str(self.path))
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
 
 class _Reader(FileSystemReader):

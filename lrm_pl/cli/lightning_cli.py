@@ -21,7 +21,9 @@ from rich.table import Table
 from lrm_pl import __version__
 from lrm_pl.callbacks.scene_writer import SceneWriter
 from lrm_pl.callbacks.trace import TraceRecorder
-from lrm_pl.checkpoints import Checkpoint, load_network, read_index, read_newest
+from lrm_pl.checkpoints.index import Checkpoint, read_index
+from lrm_pl.checkpoints.network import load_average, load_network
+from lrm_pl.checkpoints.selection import read_newest
 from lrm_pl.cli.arguments import (
     OWN_CLASSES,
     PARSER_OPTIONS,
@@ -52,7 +54,6 @@ from lrm_pl.training.run_folder import (
     trainer_folder,
 )
 from lrm_pl.training.run_state import set_progress
-from lrm_pl.training.sharded_state import load_average
 from lrm_pl.training.strategies import require_supported_start_method, require_supported_strategy_name
 from lrm_pl.version import git_commit
 

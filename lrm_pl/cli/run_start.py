@@ -7,13 +7,10 @@ from typing import TypeVar
 
 import lightning as L
 
-from lrm_pl.checkpoints import (
-    Owner,
-    remove_partial_checkpoints,
-    require_network,
-    require_ownership,
-    require_writable,
-)
+from lrm_pl.checkpoints.files import require_writable
+from lrm_pl.checkpoints.index import remove_partial_checkpoints
+from lrm_pl.checkpoints.network import require_network
+from lrm_pl.checkpoints.owner import Owner, require_ownership
 from lrm_pl.cli.weights import WeightsConfig, load_encoder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError

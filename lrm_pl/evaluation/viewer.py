@@ -18,7 +18,9 @@ import viser
 import yaml
 from scipy.spatial.transform import Rotation
 
-from lrm_pl.checkpoints import find_checkpoint, list_checkpoints, load_network
+from lrm_pl.checkpoints.index import list_checkpoints
+from lrm_pl.checkpoints.network import load_network
+from lrm_pl.checkpoints.selection import find_checkpoint
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from lrm_pl.checkpoints import Checkpoint, read_newest
+from lrm_pl.checkpoints.index import Checkpoint
+from lrm_pl.checkpoints.selection import read_newest
 from lrm_pl.data.manifest import new_folder, require_no_folder
 from lrm_pl.inference.model_card import collect_run_facts, model_card
 from lrm_pl.inference.model_folder import find_config, write_model_folder

@@ -13,7 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Tensor, nn
 
-from lrm_pl.checkpoints import Checkpoint, load_network, read_newest
+from lrm_pl.checkpoints.index import Checkpoint
+from lrm_pl.checkpoints.network import load_network
+from lrm_pl.checkpoints.selection import read_newest
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera, PosedCamera

@@ -13,6 +13,7 @@ import torch
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
+from lrm_pl.training.collectives import gather_objects
 from lrm_pl.training.step_logging import is_logged_step
 
 logger = logging.getLogger(__name__)
@@ -68,15 +69,12 @@ class BadSamples(L.Callback):
             self.error = (
                 f"Expected at most a fraction of {data.max_bad_fraction:.3g} of the samples to be bad, but found "
                 f"{bad:.0f} of {seen:.0f}:\n"
-                f"  {self._list_messages(trainer)}\n"
+                f"  {self._list_messages()}\n"
                 "Repair or remove these samples, or raise --data.max_bad_fraction"
             )
 
-    def _list_messages(self, trainer: L.Trainer) -> str:
-        lists: list[list[str]] = [list(self._messages)[:_MAX_LISTED]]
-        if trainer.world_size > 1:
-            lists *= trainer.world_size
-            torch.distributed.all_gather_object(lists, lists[0])
+    def _list_messages(self) -> str:
+        lists = gather_objects(list(self._messages)[:_MAX_LISTED])
         messages = list(dict.fromkeys(message for rank in lists for message in rank))
         shown = "\n  ".join(messages[:_MAX_LISTED])
         more = f"\n  and {len(messages) - _MAX_LISTED} more" if len(messages) > _MAX_LISTED else ""

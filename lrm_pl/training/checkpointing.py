@@ -10,35 +10,26 @@ import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lrm_pl.checkpoints import (
-    MODE_SIGNS,
-    Checkpoint,
-    Mode,
-    Owner,
-    best_score,
-    checkpoint_path,
-    checkpoint_step,
-    choose_checkpoint,
-    finalize_checkpoint,
-    list_checkpoints,
-    prune_checkpoints,
-    read_index,
-    write_tensors,
-)
+from lrm_pl.checkpoints.index import Checkpoint, checkpoint_path, finalize_checkpoint, read_index
+from lrm_pl.checkpoints.owner import Owner
+from lrm_pl.checkpoints.retention import MODE_SIGNS, Mode, Retention
+from lrm_pl.checkpoints.selection import choose_checkpoint
+from lrm_pl.checkpoints.tensors import write_tensors
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local
 from lrm_pl.training.bad_samples import BadSamples, BadSamplesError
+from lrm_pl.training.collectives import gather_objects, raise_on_all_ranks
 from lrm_pl.training.gradient_guard import DivergedError
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.run_folder import RunLock
+from lrm_pl.training.run_folder import RunLock, trainer_folder
 from lrm_pl.training.run_state import load_run, require_data_module, run_metadata, run_tensors
 from lrm_pl.training.sharded_state import Snapshots
 from lrm_pl.training.signals import StopSignals
@@ -81,10 +72,8 @@ class CheckpointAndResume(L.Callback):
         background: bool = True,
         mode: Mode = "max",
     ) -> None:
-        if every < 1 or keep < 1 or (keep_every is not None and keep_every < 1):
-            raise InputError(
-                expected="every, keep and keep_every of at least 1", found=f"{every}, {keep}, {keep_every}"
-            )
+        if min(every, keep, 1 if keep_every is None else keep_every) < 1:
+            raise InputError("every, keep and keep_every of at least 1", f"{every}, {keep}, {keep_every}")
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
         self.background, self.mode = background, mode
         self.folder = folder and os.path.expanduser(folder)
@@ -106,14 +95,12 @@ class CheckpointAndResume(L.Callback):
         self._snapshots: Snapshots | None = None
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None  # raised in the writing thread
-        self._start, self._saved = 0, -1  # first step of this fit, newest step with a checkpoint
+        self._saved = -1  # newest step with a checkpoint
         self._score: float | None = None  # score of a validation since the last step
         self._best: float | None = None
-        self._run = "."
         self._warned = False  # whether the warning about a missing monitored metric was logged
         self._lock: RunLock | None = None  # only on rank 0, and only if ``choose`` was not called
-        #: Damaged or later checkpoints in the folder, which pruning must not count.
-        self._ignored: set[str] = set()
+        self._retention: Retention | None = None  # only on rank 0
 
     # --- resuming
 
@@ -137,60 +124,50 @@ class CheckpointAndResume(L.Callback):
         if torch.distributed.is_initialized():
             self._group, self._flag_group = _gloo_group(), _gloo_group()
         self._snapshots = Snapshots(trainer.strategy.root_device)
-        self._run = trainer.log_dir or trainer.default_root_dir
-        self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
-        self._choose_together(trainer)
+        self.folder = trainer.strategy.broadcast(self.folder or f"{trainer_folder(trainer)}/checkpoints")
+        with raise_on_all_ranks(trainer):
+            if trainer.is_global_zero:
+                self._choose_on_rank_zero(trainer)
+        self._chosen, self._saved = False, -1
         self.signals.listen(trainer)
-        path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
-        if trainer.is_global_zero:
-            after = -1 if self.resume_from is None else self.resume_from.step
-            newer = {p for p in list_checkpoints(str(self.folder)) if checkpoint_step(p) > after}
-            self._best, damaged = best_score(str(self.folder), logger.warning, newer, self.monitor, self.mode)
-            self._ignored = newer | damaged
-        self._best = trainer.strategy.broadcast(self._best)
+        path = None if self.resume_from is None else self.resume_from.path
+        best = None if self._retention is None else self._retention.best
+        path, self._best = trainer.strategy.broadcast((path, best))
         if path is None:
             return
         checkpoint = self.resume_from or read_index(path)  # rank 0 has verified its files
         load_run(trainer, pl_module, checkpoint)
-        self._start = self._saved = checkpoint.step
-        self.newest = path
+        self._saved, self.newest = checkpoint.step, path
         if trainer.is_global_zero:
             logger.info("Resuming after step %d from %s", checkpoint.step, path)
         if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
             if trainer.is_global_zero:
-                logger.warning(
-                    "EarlyStopping ended this run at step %d. Increase its patience to continue",
-                    checkpoint.step,
-                )
+                message = "EarlyStopping ended this run at step %d. Increase its patience to continue"
+                logger.warning(message, checkpoint.step)
 
-    def _choose_together(self, trainer: L.Trainer) -> None:
-        """Choose the newest checkpoint if ``choose`` was not called, and raise errors of rank 0 on all ranks."""
-        error = None
-        if trainer.is_global_zero:
-            try:
-                if not self._chosen and is_local(str(self.folder)):
-                    self._lock = RunLock(Path(str(self.folder)))
-                found = self.resume_from if self._chosen else self.choose("auto")
-                if found is not None and trainer.ckpt_path is not None:
-                    raise InputError(
-                        expected="one checkpoint to resume from",
-                        found=f"ckpt_path {trainer.ckpt_path} and {found.path}",
-                        remedy="omit ckpt_path, or give CheckpointAndResume another folder",
-                    )
-            except (InputError, OSError) as problem:
-                error = str(problem)
-        error = trainer.strategy.broadcast(error)
-        self._chosen = False
-        if error is not None:
-            raise InputError(error)
+    def _choose_on_rank_zero(self, trainer: L.Trainer) -> None:
+        """Lock the folder, and choose the newest checkpoint if ``choose`` was not called."""
+        folder = str(self.folder)
+        if not self._chosen:
+            self._lock = RunLock(Path(folder)) if is_local(folder) else None
+            self.choose("auto")
+        found = self.resume_from
+        if found is not None and trainer.ckpt_path is not None:
+            raise InputError(
+                expected="one checkpoint to resume from",
+                found=f"ckpt_path {trainer.ckpt_path} and {found.path}",
+                remedy="omit ckpt_path, or give CheckpointAndResume another folder",
+            )
+        last = None if found is None else found.step
+        self._retention = Retention(folder, last, self.keep, self.keep_every, self.monitor, self.mode)
 
     # --- between steps
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
         """Store the monitored metric."""
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        self._score = None if value is None else float(value)
+        self._score = None if value is None or math.isnan(value) else float(value)
         if self.monitor and value is None and not (self._warned or trainer.sanity_checking):
             self._warned = True
             if trainer.is_global_zero:
@@ -216,27 +193,20 @@ class CheckpointAndResume(L.Callback):
         self.stopped = self._run_error(trainer, pl_module, step)
         if self.stopped is None and signaled:
             self.stopped = StoppedError(f"The run was stopped by a signal after step {step}")
-        improved = self._improved()
-        if step > self._start and (step % self.every == 0 or improved or self.stopped is not None):
+        due = step % self.every == 0 or self._improved() or self.stopped is not None
+        if due and step > max(self._saved, 0):
             self._save(trainer, pl_module, step)
         self._score = None
         if self.stopped is not None:
             trainer.should_stop = True
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, *_: object, **__: object) -> None:
         """Delay the optimizer step on the device until the state has been copied for a checkpoint."""
-        self._hold_back()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Delay a validation until the state has been copied, because it may swap the weights with their average."""
-        self._hold_back()
-
-    def _hold_back(self) -> None:
         if self._writing is not None:
             assert self._snapshots is not None
             self._snapshots.stream.block_current()
+
+    on_train_batch_end = on_before_optimizer_step  # a validation may swap the weights with their average
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a checkpoint of the last step and wait until it is written."""
@@ -250,10 +220,10 @@ class CheckpointAndResume(L.Callback):
         if self.stopped is not None and trainer.is_global_zero:
             self.stopped = type(self.stopped)(
                 f"{self.stopped}. The state was saved in {self.newest}. To resume, run the same command with "
-                f"--run.folder {self._run}"
+                f"--run.folder {trainer_folder(trainer)}"
             )
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, *_: object) -> None:
         """Raise the error that stopped the run early, so that a script does not continue."""
         if self.stopped is not None and not self.keep_signal_handlers:
             raise self.stopped
@@ -266,13 +236,10 @@ class CheckpointAndResume(L.Callback):
         self._lock = None
         self.signals.restore()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            logger.warning(
-                "Interrupted at step %d. The newest complete checkpoint is %s",
-                trainer.global_step,
-                self.newest or "none",
-            )
+            message = "Interrupted at step %d. The newest complete checkpoint is %s"
+            logger.warning(message, trainer.global_step, self.newest or "none")
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: object, **__: object) -> None:
         """Release the lock of the folder and restore the signal handlers."""
         self._lock = None
         if not self.keep_signal_handlers:
@@ -307,15 +274,12 @@ class CheckpointAndResume(L.Callback):
 
     def _divergence_message(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
         self._join()  # the writing thread uses the same process group
-        ids: list[tuple[str, ...]] = [module.current_sample_ids]
-        if trainer.world_size > 1:
-            ids = [()] * trainer.world_size
-            torch.distributed.all_gather_object(ids, module.current_sample_ids, group=self._group)
+        ids = sorted(key for rank in gather_objects(module.current_sample_ids, self._group) for key in rank)
         guard = module.guard
         return (
             f"Expected {guard.expectation}, but found {guard.consecutive_skips} bad ones in a row by step {step}, the "
-            f"last of norm {guard.last:.3g}. Check the samples of the last step "
-            f"({', '.join(sorted(key for rank in ids for key in rank))}), lower the learning rate, or {guard.remedy}"
+            f"last of norm {guard.last:.3g}. Check the samples of the last step ({', '.join(ids)}), lower the learning "
+            f"rate, or {guard.remedy}"
         )
 
     # --- saving
@@ -323,28 +287,28 @@ class CheckpointAndResume(L.Callback):
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
         """Copy the state and write it, in a background thread if ``background`` is set."""
         self._join()
-        self._require_ownership(trainer)
+        with raise_on_all_ranks(trainer):
+            if self.owner is not None:
+                self.owner.require()
         for log in trainer.loggers:  # a resumed run does not log these steps again
             log.save()
             if isinstance(log, TensorBoardLogger):
                 log.experiment.flush()
-        snapshots, sharded, first = self._snapshots, module.device_mesh is not None, trainer.is_global_zero
+        snapshots, sharded, score = self._snapshots, module.device_mesh is not None, self._score
         assert snapshots is not None
-        copy = snapshots.take(run_tensors(trainer, module), sharded=sharded, keep=sharded or first)
-        run = run_metadata(trainer, module, step) | {"score": self._score, "monitor": self.monitor}
+        writes = sharded or trainer.is_global_zero
+        copy = snapshots.take(run_tensors(trainer, module), sharded=sharded, keep=writes)
+        run = run_metadata(trainer, module, step) | {"score": score, "monitor": self.monitor}
         path = checkpoint_path(str(self.folder), step)
 
         def write() -> None:
             try:
                 snapshots.stream.synchronize()
-                files = (
-                    write_tensors(path, copy, self._group if sharded else None) if sharded or first else {}
-                )
-                if first:
+                files = write_tensors(path, copy, self._group if sharded else None) if writes else {}
+                if self._retention is not None:  # on rank 0
                     finalize_checkpoint(path, step, run, files)
                     self.newest = path
-                    self._ignored.discard(path)
-                    self._prune()
+                    self._retention.add(path, score)
             except Exception as error:  # the main thread raises it
                 self._failure = error
 
@@ -358,34 +322,9 @@ class CheckpointAndResume(L.Callback):
 
     def _improved(self) -> bool:
         """Return whether the score of the last validation is the best score of the run."""
-        if self._score is None or math.isnan(self._score):
-            return False
-        return self._best is None or (self._score - self._best) * MODE_SIGNS[self.mode] > 0
-
-    def _require_ownership(self, trainer: L.Trainer) -> None:
-        """Raise an error on all ranks if a run that started later uses the folder."""
-        found = None
-        if self.owner is not None:
-            try:
-                self.owner.require()
-            except InputError as error:
-                found = str(error)
-        found = trainer.strategy.broadcast(found)
-        if found is not None:
-            raise InputError(found)
-
-    def _prune(self) -> None:
-        try:
-            prune_checkpoints(
-                str(self.folder),
-                keep=self.keep,
-                keep_every=self.keep_every,
-                ignored=self._ignored,
-                monitor=self.monitor,
-                mode=self.mode,
-            )
-        except OSError as error:  # the new checkpoint is complete
-            logger.warning("Old checkpoints in %s could not be deleted: %s", self.folder, error)
+        if self._score is None or self._best is None:
+            return self._score is not None
+        return (self._score - self._best) * MODE_SIGNS[self.mode] > 0
 
     def _join(self) -> None:
         if self._writing is not None:

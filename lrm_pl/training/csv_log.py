@@ -4,11 +4,13 @@ Lightning's writer deletes an existing file on construction, and rewrites the fi
 """
 
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lrm_pl.data.manifest import write_atomically
 
 
 class AppendingCSVWriter(ExperimentWriter):
@@ -28,13 +30,8 @@ class AppendingCSVWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        header, rows = read_rows(path)
-        kept = [row for row in rows if int(row["step"]) <= self._step]
-        if kept:
-            self.metrics_keys = header
-            write_rows(path, header, kept)
-        else:
-            path.unlink()
+        self.metrics_keys, rows = read_rows(path)
+        write_rows(path, self.metrics_keys, [row for row in rows if int(row["step"]) <= self._step])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
@@ -52,9 +49,8 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> None:
     """Write a metrics.csv atomically."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())

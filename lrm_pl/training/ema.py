@@ -88,25 +88,17 @@ class WeightAverage(L.Callback):
         weights = state_access(trainer, pl_module.lrm).trainable()
         averages = [local_tensor(average) for average in self.average.values()]
         values = [local_tensor(weights[name]) for name in self.average]
-        weight = (1 - pl_module.guard.skip) * (
-            1 - self.decay
-        )  # the weight is 0 in a skipped step, which avoids a device synchronization
+        # The weight is 0 in a skipped step, which avoids a device synchronization.
+        weight = (1 - pl_module.guard.skip) * (1 - self.decay)
         torch._foreach_lerp_(averages, values, [weight] * len(averages))
 
+    @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swap the weights with the average."""
-        if self.validate and self.average:
-            self._swap(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the weights."""
-        if self.validate and self.average:
-            self._swap(pl_module)
-
-    @torch.no_grad()
-    def _swap(self, module: L.LightningModule) -> None:
-        assert isinstance(module, LRMModule)
-        access = state_access(module.trainer, module.lrm)
+        if not (self.validate and self.average):
+            return
+        assert isinstance(pl_module, LRMModule)
+        access = state_access(trainer, pl_module.lrm)
         weights = access.trainable()
         for name, tensor in self.average.items():
             average, weight = local_tensor(tensor), local_tensor(weights[name])
@@ -114,6 +106,8 @@ class WeightAverage(L.Callback):
             weight.copy_(average)
             average.copy_(previous)
         access.apply_changes()
+
+    on_validation_end = on_validation_start  # swaps them back
 
 
 def _float_copy(tensor: StateTensor) -> StateTensor:

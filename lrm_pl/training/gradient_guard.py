@@ -9,7 +9,7 @@ import math
 from collections import deque
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.errors import InputError
@@ -77,7 +77,10 @@ class GradientGuard:
         """Return 1 if a step with this gradient norm must be skipped, else 0, and update the state."""
         norm = norm.detach().float()
         norms, consecutive = self._norms.to(norm.device), self._consecutive.to(norm.device)
-        bad, median = is_bad(norm, norms, self.config.spike)
+        median = norms.quantile(0.5)  # NaN until the window is full
+        bad = ~norm.isfinite()
+        if self.config.spike is not None:
+            bad = bad | (norm > self.config.spike * median)
         self.skip = bad.float()
         self.num_skipped = self.num_skipped.to(norm.device) + self.skip
         self._consecutive = (consecutive + 1) * self.skip
@@ -126,22 +129,3 @@ class GradientGuard:
     def _report(self, norm: Float[Tensor, ""], median: Float[Tensor, ""]) -> None:
         counts = torch.stack([self.num_skipped, self._consecutive, norm, median])
         self._reports.append(HostCopy(torch.cat([counts, self._norms])))
-
-
-def is_bad(
-    norm: Float[Tensor, ""], accepted: Float[Tensor, "N"], spike: float | None
-) -> tuple[Bool[Tensor, ""], Float[Tensor, ""]]:
-    """Return whether a gradient norm is not finite or too large, and the median of the accepted norms.
-
-    Args:
-        norm: () gradient norm.
-        accepted: (N,) norms of accepted steps in ascending order of steps, with NaN in front if there are fewer. If
-            there is a NaN, ``spike`` has no effect.
-        spike: Ratio of the norm to the median above which the norm is too large. If None, the ratio is not limited.
-    """
-    ordered = accepted.sort().values
-    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    bad = ~norm.isfinite()
-    if spike is not None:
-        bad = bad | (norm > spike * median) & ~accepted[0].isnan()
-    return bad, median

@@ -9,7 +9,7 @@ import lightning as L
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import EVALUATION_SETS
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.metrics import ImageMetrics, ImageScores, NotFiniteError
+from lrm_pl.metrics import ImageMetrics, NotFiniteError
 from lrm_pl.training.step_logging import log_global_step
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,8 @@ class ImageMetricsLogger(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Update the metrics with the samples of a batch whose weight is not zero."""
-        real = batch.weight.nonzero().squeeze(
-            -1
-        )  # one device synchronization instead of one per boolean mask
+        # One device synchronization, instead of one per boolean mask.
+        real = batch.weight.nonzero().squeeze(-1)
         if len(real):
             self.metrics[EVALUATION_SETS[dataloader_idx]].update(
                 outputs.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
@@ -68,17 +67,15 @@ class ImageMetricsLogger(L.Callback):
         for name, metric in self.metrics.items():
             if not trainer.strategy.reduce(metric.images.float(), reduce_op="sum"):
                 continue  # the set is empty, or no sample could be read
+            result = None
             try:
                 result = metric.compute()
             except NotFiniteError as error:  # the gradient guard stops the run if needed
                 if trainer.is_global_zero:
                     logger.warning("Step %d, %s: %s", trainer.global_step, name, error)
-                lpips = None if self.perceptual is None else math.nan
-                result = ImageScores(math.nan, math.nan, math.nan, lpips, int(metric.images))
-            for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
-                value = getattr(result, key)
-                if value is not None:
-                    pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
+            for key in ("psnr", "psnr_pooled", "ssim", *(["lpips"] if self.perceptual is not None else [])):
+                value = math.nan if result is None else getattr(result, key)
+                pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

@@ -132,25 +132,16 @@ class LRMModule(L.LightningModule):
                 ``renderer`` and ``objective`` are required.
 
         Raises:
-            InputError: A required argument is missing, or the path is a checkpoint written by
-                ``CheckpointAndResume``.
+            InputError: The path is a checkpoint written by ``CheckpointAndResume``.
         """
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
             raise InputError(
                 expected="a file of Trainer.save_checkpoint",
                 found=f"the folder {checkpoint_path}",
                 remedy=(
-                    "for inference, use lrm_pl.LRMPipeline.from_pretrained(folder); to resume training, give the "
-                    "trainer a CheckpointAndResume; for the weights alone, call "
-                    "load_network(find_checkpoint(folder), module.lrm) of lrm_pl.checkpoints"
+                    "for inference, use lrm_pl.LRMPipeline.from_pretrained(folder); to load the weights, use "
+                    "lrm_pl.checkpoints.network.load_network"
                 ),
-            )
-        missing = [name for name in ("lrm", "renderer", "objective") if name not in options]
-        if missing and cls is LRMModule:  # a subclass may construct these arguments
-            raise InputError(
-                expected="the arguments lrm, renderer and objective, which checkpoints do not store",
-                found=f"no {', '.join(missing)}",
-                remedy="call LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)",
             )
         return super().load_from_checkpoint(checkpoint_path, **options)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.training.parallelize import network_blocks
+from lrm_pl.training.supported import require_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,7 @@ class OptimizerConfig:
             "final_lr, a fraction of lr, in [0, 1]": 0 <= self.final_lr <= 1,
             "layer_decay in (0, 1]": 0 < self.layer_decay <= 1,
         }
-        for rule, holds in rules.items():
-            if not holds:  # also for NaN
-                name = rule.replace(",", " ").split()[0]
-                raise InputError(
-                    expected=f"model.optimizer.{rule}",
-                    found=getattr(self, name),
-                    remedy=f"correct --model.optimizer.{name}",
-                )
+        require_rules(self, "model.optimizer", rules)  # NaN meets no rule
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
         """Create the optimizer. The learning rate of a parameter group is multiplied by the key ``lr_scale``.
@@ -127,12 +120,12 @@ def parameter_groups(
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = []
-    for scale in sorted({lr_scales.get(id(p), 1.0) for p in trainable}):
-        members = [p for p in trainable if lr_scales.get(id(p), 1.0) == scale]
-        for decays in (True, False):
-            chosen = [p for p in members if (id(p) in decayed) is decays]
-            decay = weight_decay if decays else 0.0
-            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = lr_scales.get(id(parameter), 1.0), id(parameter) not in decayed
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": groups[scale, exempt], "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
+        for scale, exempt in sorted(groups)
+    ]

@@ -1,10 +1,8 @@
 """The folder of a run, with functions for the path, the lock and the log files."""
 
 import dataclasses
-import fcntl
 import inspect
 import logging
-import os
 import weakref
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,7 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.errors import InputError
-from lrm_pl.locks import NO_LOCKS
+from lrm_pl.locks import lock
 from lrm_pl.training.csv_log import AppendingCSVWriter
 
 logger = logging.getLogger(__name__)
@@ -37,21 +35,15 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, descriptor)
+        file = open(folder / LOCK_NAME, "a")
+        weakref.finalize(self, file.close)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False, posix=True)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either error
             raise InputError(
                 f"Another run is using {folder}",
                 remedy="wait until it ends, or use another folder (--run.folder, or folder of CheckpointAndResume)",
             ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning(
-                "The file system of %s has no locks (%s). Do not start a second run there", folder, error
-            )
 
 
 @dataclasses.dataclass

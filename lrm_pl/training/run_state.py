@@ -8,7 +8,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lrm_pl.checkpoints import Checkpoint, tensor_names
+from lrm_pl.checkpoints.index import Checkpoint
+from lrm_pl.checkpoints.tensors import tensor_names
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.training.ema import WeightAverage
@@ -52,18 +53,16 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
         callback.reset(module)
     tensors = run_tensors(trainer, module)
     stored = {name.partition(".")[0] for name in tensor_names(checkpoint)}
-    for prefix, effect in OPTIONAL.items():
-        if prefix in stored:
-            continue
-        remaining = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}.")}
-        if len(remaining) < len(tensors) and trainer.is_global_zero:
-            logger.warning("%s has no tensors %s.*; %s", checkpoint.path, prefix, effect)
-        tensors = remaining
-    if "average" in stored and not averages and trainer.is_global_zero:
-        logger.warning(
-            "%s has a moving average, which this run does not continue, because trainer.callbacks has no WeightAverage",
-            checkpoint.path,
-        )
+    missing = {name.partition(".")[0] for name in tensors} & (OPTIONAL.keys() - stored)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in missing}
+    if trainer.is_global_zero:
+        for prefix in sorted(missing):
+            logger.warning("%s has no tensors %s.*; %s", checkpoint.path, prefix, OPTIONAL[prefix])
+        if "average" in stored and not averages:
+            logger.warning(
+                "%s has a moving average, which this run does not continue without a WeightAverage",
+                checkpoint.path,
+            )
     read_state(checkpoint, tensors)
     state_access(trainer, module.lrm).apply_changes()
     if "average" not in stored:
@@ -127,34 +126,31 @@ def callback_states(trainer: L.Trainer) -> dict[str, Any]:
                 states[callback.state_key] = json.loads(json.dumps(state, default=_encoded))
             except TypeError as error:
                 if trainer.is_global_zero:
+                    name = callback.state_key
                     logger.warning(
-                        "The state of %s is not saved, so a resumed run resets it: %s",
-                        callback.state_key,
-                        error,
+                        "The state of %s is not saved, so a resumed run resets it: %s", name, error
                     )
     return states
 
 
 def load_callback_states(trainer: L.Trainer, states: dict[str, Any]) -> None:
     """Restore the states of callbacks, except for the patience of ``EarlyStopping``, which the config sets."""
+    states = json.loads(json.dumps(states), object_hook=_decoded)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if callback.state_key in states:
-            state = _decoded(states[callback.state_key])
+        if state := states.get(callback.state_key):
             if isinstance(callback, EarlyStopping):
                 state["patience"] = callback.patience
             callback.load_state_dict(state)
 
 
-def _encoded(value: Any) -> Any:  # noqa: ANN401 - any value in a callback's state
+def _encoded(value: object) -> dict[str, Any]:
     if isinstance(value, torch.Tensor) and not value.is_complex():
         return {_TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
     raise TypeError(f"expected numbers, strings, lists and tensors, but found {type(value).__name__}")
 
 
-def _decoded(value: Any) -> Any:  # noqa: ANN401 - any value in a callback's state
-    if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
-            dtype, numbers = value[_TENSOR]
-            return torch.tensor(numbers, dtype=getattr(torch, dtype))
-        return {name: _decoded(one) for name, one in value.items()}
-    return [_decoded(one) for one in value] if isinstance(value, list) else value
+def _decoded(value: dict[str, Any]) -> dict[str, Any] | torch.Tensor:
+    if value.keys() != {_TENSOR}:
+        return value
+    dtype, numbers = value[_TENSOR]
+    return torch.tensor(numbers, dtype=getattr(torch, dtype))

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lrm_pl.checkpoints import Checkpoint, averaged_names, network_tensors, read_tensors
+from lrm_pl.checkpoints.index import Checkpoint
+from lrm_pl.checkpoints.network import network_tensors
+from lrm_pl.checkpoints.tensors import read_tensors
 from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
 
 #: Names of AdamW's moment estimates in its state.
@@ -88,7 +90,12 @@ class StateAccess:
 
     def optimizer_state(self) -> dict[str, StateTensor]:
         """Return the state of AdamW by checkpoint name (``adam.*``). An empty state is initialized first."""
-        return dict(optimizer_tensors(self.lrm, self.optimizer))
+        tensors: dict[str, StateTensor] = {}
+        for name, parameter in self.lrm.named_parameters():
+            if parameter.requires_grad:
+                state = adam_state(self.optimizer, parameter)
+                tensors |= {f"adam.{name}.{key}": state[key] for key in ("step", *MOMENT_NAMES)}
+        return tensors
 
     def apply_changes(self) -> None:
         """Apply in-place changes of the returned tensors to the network. All ranks must call this together."""
@@ -135,21 +142,15 @@ def state_access(trainer: L.Trainer, lrm: nn.Module) -> StateAccess:
     return StateAccess(lrm, trainer.optimizers[0])
 
 
-def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state tensors of AdamW by checkpoint name. An empty state is initialized first."""
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in lrm.named_parameters():
-        if id(parameter) not in optimized:
-            continue
-        state = optimizer.state[parameter]
-        if not state:
-            device = parameter.device if optimizer.defaults["fused"] else None  # same device as in AdamW
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for moment in MOMENT_NAMES:
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors |= {f"adam.{name}.{key}": state[key] for key in ("step", *MOMENT_NAMES)}
-    return tensors
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of AdamW for a parameter. An empty state is initialized first."""
+    state = optimizer.state[parameter]
+    if not state:
+        device = parameter.device if optimizer.defaults["fused"] else None  # same device as in AdamW
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for moment in MOMENT_NAMES:
+            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
 
 
 class Snapshots:
@@ -211,13 +212,3 @@ def read_state(checkpoint: Checkpoint, state: Mapping[str, StateTensor]) -> None
     read_tensors(checkpoint, into | full)
     for name, shard in shards.items():
         shard.copy_(full[name])
-
-
-def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Replace weights with their moving average. All ranks of a sharded network must call this together.
-
-    Raises:
-        CheckpointError: The checkpoint has no moving average.
-    """
-    weights = lrm.state_dict()
-    read_state(checkpoint, {f"average.{name}": weights[name] for name in averaged_names(checkpoint)})

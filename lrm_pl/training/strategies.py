@@ -25,20 +25,13 @@ def require_supported_strategy_name(name: str) -> None:
     Raises:
         InputError: The strategy is not supported.
     """
-    short = name.rpartition(".")[2].lower()
-    if name.lower() in ("fsdp2strategy", "zerostrategy"):
-        config = "fsdp2" if name[0] in "fF" else "deepspeed_2"
-        raise InputError(
-            expected="the name of a strategy of Lightning",
-            found=f"the class {name}",
-            remedy=f"use -c configs/trainer/{config}.yaml",
-        )
-    match = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", short)
-    if match is not None:
+    module, _, short = name.rpartition(".")
+    match = re.match(r"(fsdp|deepspeed|zero)2?(?:strategy|_stage_(\d)|_|$)", short.lower())
+    if match is not None and not module.startswith("lrm_pl."):
         config = "fsdp2" if match[1] == "fsdp" else f"deepspeed_{match[2] or 2}"
         raise InputError(
             expected="a strategy that supports checkpoints and gradient checks",
-            found=f"Lightning's own {name}",
+            found=name,
             remedy=f"use -c configs/trainer/{config}.yaml",
         )
     if (method := re.match(r"ddp_(spawn|fork|notebook)", name)) is not None:

@@ -1,6 +1,9 @@
 """Checks that reject unsupported settings and callbacks of the trainer before training starts."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -49,7 +52,44 @@ _UNSUPPORTED_CALLBACKS: dict[type[Callback], tuple[str, str]] = {
 }
 
 
-def require_supported_settings(trainer: L.Trainer) -> None:
+#: Trainer setting -> remedy for an unsupported value. The default is to correct or omit it.
+_REMEDIES = {
+    "log_every_n_steps": "use 0 to disable logging of training steps",
+    "overfit_batches": "to overfit, train on a dataset of one object, as configs/experiment/overfit.yaml does",
+    "limit_train_batches": "set the length of the run with --trainer.max_steps",
+    "max_epochs": "set the length of the run with --trainer.max_steps",
+    "check_val_every_n_epoch": "set the interval of validations with --trainer.val_check_interval",
+    "gradient_clip_val": "use 0 or null to disable clipping",
+    "limit_val_batches": "use --data.val_objects, the number of objects over all processes",
+    "limit_test_batches": "use --data.val_objects, the number of objects over all processes",
+}
+
+
+def require_rules(
+    owner: object, section: str, rules: Mapping[str, bool], remedies: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Check the values of settings.
+
+    Args:
+        owner: Object whose attributes are the settings.
+        section: Prefix of the settings in the config.
+        rules: Mapping from a rule to whether it is met. A rule begins with the name of a setting.
+        remedies: Mapping from the name of a setting to a remedy. The default is to correct or omit it.
+
+    Raises:
+        InputError: A rule is not met.
+    """
+    for rule, holds in rules.items():
+        if not holds:
+            name = rule.replace(",", " ").split()[0]
+            found = getattr(owner, name)
+            remedy = remedies.get(name, f"correct or omit --{section}.{name}")
+            raise InputError(
+                expected=f"{section}.{rule}", found=getattr(found, "value", found), remedy=remedy
+            )
+
+
+def require_supported_settings(trainer: Any) -> None:  # noqa: ANN401 - Lightning does not declare all attributes
     """Reject unsupported settings of a trainer.
 
     Raises:
@@ -58,105 +98,46 @@ def require_supported_settings(trainer: L.Trainer) -> None:
     """
     require_supported_strategy(trainer.strategy)
     require_supported_precision(str(trainer.precision))
-    require_supported_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-    _require_supported_clipping(trainer)
-    if (every := trainer.log_every_n_steps) < 0:  # type: ignore[attr-defined]
-        raise InputError(
-            expected="trainer.log_every_n_steps of at least 0",
-            found=every,
-            remedy="use 0 to disable logging of training steps",
-        )
-    if trainer.overfit_batches:  # type: ignore[attr-defined]
-        raise InputError(
-            expected="no trainer.overfit_batches",
-            found=f"{trainer.overfit_batches}, after which the sample stream would restart",  # type: ignore[attr-defined]
-            remedy="to overfit, train on a dataset of one object, as configs/experiment/overfit.yaml does",
-        )
-    limit = trainer.limit_train_batches
-    steps = trainer.max_steps * trainer.accumulate_grad_batches
-    if limit != 1.0 and not (isinstance(limit, int) and steps <= limit):
-        raise InputError(
-            expected="no trainer.limit_train_batches",
-            found=f"{limit}, after which the sample stream would restart",
-            remedy="set the length of the run with --trainer.max_steps",
-        )
-    _require_supported_validation(trainer)
-
-
-def _require_supported_clipping(trainer: L.Trainer) -> None:
-    if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
-        raise InputError(
-            expected="trainer.gradient_clip_algorithm norm", found=algorithm.value, remedy="omit the option"
-        )
-    clip = trainer.gradient_clip_val
-    if clip is not None and not clip >= 0:  # also rejects NaN
-        raise InputError(
-            expected="trainer.gradient_clip_val, a maximum norm, of at least 0",
-            found=clip,
-            remedy="use 0 or null to disable clipping",
-        )
-
-
-def _require_supported_validation(trainer: L.Trainer) -> None:
-    # Lightning does not set the attribute for a time interval.
-    interval, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
-    if interval is None:
-        raise InputError(
-            expected="trainer.val_check_interval as a number of batches",
-            found="a duration",
-            remedy="use a number of batches, since the length of a run is counted in steps",
-        )
-    if isinstance(interval, int) and interval < 1:
-        raise InputError(
-            expected="trainer.val_check_interval of at least 1",
-            found=interval,
-            remedy="to disable validation, use --trainer.limit_val_batches 0",
-        )
-    if isinstance(interval, int) and interval % accumulate:
-        raise InputError(
-            expected=(
-                f"trainer.val_check_interval, in batches, as a multiple of trainer.accumulate_grad_batches {accumulate}"
-            ),
-            found=interval,
-            remedy=f"use --trainer.val_check_interval {-(-interval // accumulate) * accumulate}",
-        )
+    require_supported_callbacks(trainer.callbacks)
+    clip, limit = trainer.gradient_clip_val, trainer.limit_train_batches
+    accumulate, one_process = trainer.accumulate_grad_batches, trainer.world_size == 1 or trainer.fast_dev_run
+    whole = limit == 1.0 or (isinstance(limit, int) and trainer.max_steps * accumulate <= limit)
+    rules = {
+        "gradient_clip_algorithm norm": trainer.gradient_clip_algorithm in (None, "norm"),
+        "gradient_clip_val, a maximum norm, of at least 0": clip is None or clip >= 0,  # False for NaN
+        "log_every_n_steps of at least 0": trainer.log_every_n_steps >= 0,
+        "overfit_batches 0, because the sample stream would restart": not trainer.overfit_batches,
+        "limit_train_batches 1.0, because the sample stream would restart": whole,
+    }
     for name in ("limit_val_batches", "limit_test_batches"):
-        limit = getattr(trainer, name)
-        if trainer.world_size > 1 and limit not in (0, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise InputError(
-                expected=f"no trainer.{name}",
-                found=f"{limit}, which would make metrics and the best checkpoint depend on the number of processes",
-                remedy="use --data.val_objects, the number of objects over all processes",
-            )
+        rule = f"{name} 1.0, so that metrics do not depend on the number of processes"
+        rules[rule] = one_process or getattr(trainer, name) in (0, 1.0)
+    require_rules(trainer, "trainer", rules, _REMEDIES)
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning does not set it for a duration
+    if interval is None or (isinstance(interval, int) and (interval < 1 or interval % accumulate)):
+        multiple = max(1, -(-(interval or 1) // accumulate)) * accumulate
+        raise InputError(
+            expected=f"trainer.val_check_interval as a positive multiple of accumulate_grad_batches {accumulate}",
+            found="a duration" if interval is None else interval,
+            remedy=f"use --trainer.val_check_interval {multiple}, or --trainer.limit_val_batches 0 for no validation",
+        )
 
 
-def require_supported_length(trainer: L.Trainer) -> None:
+def require_supported_length(trainer: Any) -> None:  # noqa: ANN401 - Lightning does not declare all attributes
     """Check that the length of a run is given only by a maximum number of steps.
 
     Raises:
         InputError: The trainer has a maximum number of epochs, a minimum length, or a validation interval in epochs.
     """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    if trainer.max_epochs not in (None, -1):
-        raise InputError(
-            expected="trainer.max_epochs -1, since a run has one epoch",
-            found=trainer.max_epochs,
-            remedy="set the length of the run with --trainer.max_steps",
-        )
-    if trainer.min_steps is not None or (trainer.min_epochs or 0) > 1:
-        name = "min_epochs" if trainer.min_steps is None else "min_steps"
-        raise InputError(
-            expected=f"no trainer.{name}",
-            found=f"{getattr(trainer, name)}, which would disable signals and EarlyStopping until then",
-            remedy="omit the option",
-        )
-    if (every := trainer.check_val_every_n_epoch) not in (None, 1):
-        raise InputError(
-            expected="trainer.check_val_every_n_epoch null, since a run has one epoch",
-            found=every,
-            remedy="set the interval of validations with --trainer.val_check_interval",
-        )
+    rules = {
+        "max_epochs -1, because a run has one epoch": trainer.max_epochs in (None, -1),
+        "min_steps null, because it disables signals and EarlyStopping": trainer.min_steps is None,
+        "min_epochs null, because it disables signals and EarlyStopping": (trainer.min_epochs or 0) <= 1,
+        "check_val_every_n_epoch null, because a run has one epoch": trainer.check_val_every_n_epoch
+        in (None, 1),
+    }
+    if not trainer.fast_dev_run:
+        require_rules(trainer, "trainer", rules, _REMEDIES)
 
 
 def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
@@ -165,11 +146,11 @@ def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         InputError: A callback is not supported.
     """
-    for callback in callbacks:
-        for unsupported, (reason, alternative) in _UNSUPPORTED_CALLBACKS.items():
-            if isinstance(callback, unsupported):
-                name = type(callback).__name__
-                raise InputError(f"The callback {name} is not supported: {reason}", remedy=alternative)
+    for callback, unsupported in itertools.product(callbacks, _UNSUPPORTED_CALLBACKS):
+        if isinstance(callback, unsupported):
+            reason, alternative = _UNSUPPORTED_CALLBACKS[unsupported]
+            name = type(callback).__name__
+            raise InputError(f"The callback {name} is not supported: {reason}", remedy=alternative)
 
 
 def require_builtin_optimizer(trainer: L.Trainer) -> None:
@@ -185,9 +166,7 @@ def require_builtin_optimizer(trainer: L.Trainer) -> None:
         raise InputError(
             expected="only the AdamW of model.optimizer",
             found=f"{', '.join(custom) or len(optimizers)} from configure_optimizers",
-            remedy=(
-                "remove configure_optimizers, and set --model.optimizer.lr, warmup, final_lr, betas and weight_decay"
-            ),
+            remedy="remove configure_optimizers, and set --model.optimizer.lr, warmup, betas and weight_decay",
         )
 
 

@@ -14,17 +14,26 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import lightning as L
 import torch
+from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lrm_pl.checkpoints import network_tensors
+from lrm_pl.checkpoints.network import network_tensors
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import with_index
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.sharded_state import MOMENT_NAMES, FlatShard, StateAccess, StateTensor, full_tensor
+from lrm_pl.training.sharded_state import (
+    MOMENT_NAMES,
+    FlatShard,
+    StateAccess,
+    StateTensor,
+    adam_state,
+    full_tensor,
+)
 
 #: Supported precisions. Other precisions cast the weights or scale the loss, which the gradient guard does not support.
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -48,26 +57,17 @@ class ZeroPrecision(DeepSpeedPrecision):
         return torch.autocast(get_accelerator().device_name(), torch.bfloat16)
 
     def backward(  # type: ignore[override]
-        self,
-        tensor: Tensor,
-        model: LRMModule,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        self, tensor: Tensor, model: L.LightningModule, *_: object, **__: object
     ) -> None:
         """Run the backward pass without scaling, because Lightning scales the loss for gradient accumulation."""
-        model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[attr-defined]
+        super().backward(tensor, model, None, scale_wrt_gas=False)
 
     def optimizer_step(  # type: ignore[override]
-        self,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        model: LRMModule,
-        closure: Callable[[], Any],
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        self, optimizer: Steppable, model: L.LightningModule, closure: Callable[[], object], **_: object
+    ) -> object:
         """Run one batch. If it completes an optimizer step, check and clip the gradient before the step."""
         closure()
-        engine = model.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+        engine: Any = model.trainer.model
         if engine.is_gradient_accumulation_boundary():
             self._after_closure(model, optimizer)
         return engine.step()
@@ -222,9 +222,8 @@ class ZeroStateAccess(StateAccess):
         """Return all weights and buffers in float32 by checkpoint name (``network.*``)."""
         tensors: dict[str, StateTensor] = dict(network_tensors(self.lrm))
         if not self._full_weights:
-            frozen: Iterator[tuple[str, Any]] = (
-                (name, p) for name, p in self.lrm.named_parameters() if not p.requires_grad
-            )
+            parameters: Iterator[tuple[str, Any]] = self.lrm.named_parameters()
+            frozen = ((name, p) for name, p in parameters if not p.requires_grad)
             tensors |= {f"network.{name}": self._stage3_shard(p, p.ds_tensor.data) for name, p in frozen}
         return tensors | {f"network.{name}": shard for name, shard in self.trainable().items()}
 
@@ -236,11 +235,7 @@ class ZeroStateAccess(StateAccess):
         """Return the state of AdamW by checkpoint name (``adam.*``). An empty state is initialized first."""
         tensors: dict[str, StateTensor] = {}
         for name, parameter, flat in self._trainable_parameters():
-            state = self.optimizer.optimizer.state[flat]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # as in fused AdamW
-                for moment in MOMENT_NAMES:
-                    state[moment] = torch.zeros_like(flat)
+            state = adam_state(self.optimizer.optimizer, flat)
             tensors[f"adam.{name}.step"] = state["step"]
             tensors |= {f"adam.{name}.{m}": self._shard(parameter, state[m]) for m in MOMENT_NAMES}
         return tensors

@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from lrm_pl.checkpoints import load_network, read_tensors, tensor_names
+from lrm_pl.checkpoints.network import load_network
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.geometry.cameras import InputCamera, orbit
 from lrm_pl.inference.pipeline import LRMPipeline

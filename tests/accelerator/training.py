@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from lrm_pl.checkpoints import newest_checkpoint
+from lrm_pl.checkpoints.index import newest_checkpoint
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.run_start import checkpointing_of
 from lrm_pl.weights.encoders import pretrained_perceptual_loss

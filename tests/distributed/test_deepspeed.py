@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.checkpoints.index import read_checkpoint
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
 from tests import ROOT
 from tests.runs import largest_difference
 

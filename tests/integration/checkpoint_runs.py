@@ -2,7 +2,7 @@
 
 import torch
 
-from lrm_pl import checkpoints as ck
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_specs
 
 AVERAGE = {"class_path": "lrm_pl.training.ema.WeightAverage", "init_args": {"decay": 0.5}}
 
@@ -13,8 +13,8 @@ def keeper(**options):
 
 
 def read(checkpoint):
-    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(checkpoint).items()}
-    ck.read_tensors(checkpoint, into)
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in tensor_specs(checkpoint).items()}
+    read_tensors(checkpoint, into)
     return into
 
 

@@ -9,7 +9,17 @@ import lightning as L
 import pytest
 import torch
 
-from lrm_pl import checkpoints as ck
+from lrm_pl.checkpoints.index import (
+    checkpoint_path,
+    checkpoint_step,
+    finalize_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_checkpoint,
+)
+from lrm_pl.checkpoints.owner import Owner, require_ownership
+from lrm_pl.checkpoints.tensors import write_tensors
 from lrm_pl.cli.main import main
 from tests.integration.checkpoint_runs import AVERAGE, keeper, read, same
 
@@ -23,12 +33,12 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_th
     bucket = "s3://bucket/runs/one"
     folder = fit("run", 6, keeper(folder=bucket))
     assert not (folder / "checkpoints").exists()
-    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(bucket)] == [6, 4]
-    whole = ck.newest_checkpoint(bucket, print)
+    assert [checkpoint_step(path) for path in list_checkpoints(bucket)] == [6, 4]
+    whole = newest_checkpoint(bucket, print)
     tensors = read(whole)
-    ck.remove_checkpoint(whole.path)
+    remove_checkpoint(whole.path)
     fit("run", 6, keeper(folder=bucket))
-    again = ck.newest_checkpoint(bucket, print)
+    again = newest_checkpoint(bucket, print)
     assert (again.step, again.run) == (6, whole.run)
     assert same(read(again), tensors)
 
@@ -41,7 +51,7 @@ class Intruder(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 3:
-            ck.Owner(self.folder, "runs/newer")
+            Owner(self.folder, "runs/newer")
 
 
 def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fit, s3):
@@ -49,7 +59,7 @@ def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fi
     intruder = {"class_path": f"{__name__}.Intruder", "init_args": {"folder": bucket}}
     with pytest.raises(SystemExit, match=r"a newer run: .*runs/newer.*Use one folder per run"):
         fit("run", 8, keeper(folder=bucket), intruder)
-    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(bucket)] == [2]
+    assert [checkpoint_step(path) for path in list_checkpoints(bucket)] == [2]
 
 
 def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path):
@@ -73,17 +83,17 @@ def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
     ):
         fit("b", 4, keeper(folder=shared))
     assert not (tmp_path / "b" / "config.yaml").exists()
-    ck.require_ownership(shared, str(tmp_path / "a"))  # goes on
+    require_ownership(shared, str(tmp_path / "a"))  # goes on
 
 
 def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OSError("busy")
 
-    monkeypatch.setattr("lrm_pl.training.checkpointing.prune_checkpoints", refuse)
+    monkeypatch.setattr("lrm_pl.checkpoints.retention.remove_checkpoint", refuse)
     folder = fit("run", 6, keeper(keep=1))
     assert "could not be deleted: busy" in caplog.text
-    assert len(ck.list_checkpoints(str(folder / "checkpoints"))) == 3
+    assert len(list_checkpoints(str(folder / "checkpoints"))) == 3
 
 
 def test_an_average_that_a_run_does_not_go_on_with_is_named(fit, caplog):
@@ -116,7 +126,7 @@ def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_not
     assert list((folder / "validate").glob("events.*"))
     longer = ["--run.folder", str(folder), "--trainer.max_steps", "5", "--run.profile", "3"]
     main(["fit", "-c", str(folder / "config.yaml"), *longer])
-    assert ck.newest_checkpoint(str(folder / "checkpoints"), print).step == 5, (
+    assert newest_checkpoint(str(folder / "checkpoints"), print).step == 5, (
         "also with nothing left to profile"
     )
 
@@ -129,14 +139,14 @@ def test_a_bucket_that_does_not_exist_stops_a_run_before_its_first_step(fit, s3)
 def test_a_damaged_newest_checkpoint_costs_a_run_only_the_steps_since_the_one_before(fit, caplog):
     folder = fit("run", 6, keeper(keep=9))
     path = f"{folder}/checkpoints/step-00000006"
-    whole = read(ck.read_checkpoint(path))
+    whole = read(read_checkpoint(path))
     with open(f"{path}/__0_0.distcp", "r+b") as file:
         file.seek(5000)
         file.write(b"damage")
     fit("run", 6, keeper(keep=1))
     assert "Skipping a damaged checkpoint" in caplog.text
-    assert same(read(ck.read_checkpoint(path)), whole)
-    assert ck.list_checkpoints(f"{folder}/checkpoints") == [path]
+    assert same(read(read_checkpoint(path)), whole)
+    assert list_checkpoints(f"{folder}/checkpoints") == [path]
 
 
 @pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
@@ -149,7 +159,7 @@ def test_a_run_is_kept_in_its_folder_and_resumed_from_it_whatever_its_logger(
     options = [f"--trainer.logger={logger}"]
     fit("run", 2, keeper(), options=options)
     folder = fit("run", 4, keeper(), options=options)
-    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(f"{folder}/checkpoints")] == [4, 2]
+    assert [checkpoint_step(path) for path in list_checkpoints(f"{folder}/checkpoints")] == [4, 2]
     assert not (tmp_path / "elsewhere" / "checkpoints").exists()
 
 
@@ -162,7 +172,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from lrm_pl import checkpoints as ck
+from lrm_pl.checkpoints.index import checkpoint_path, finalize_checkpoint, read_checkpoint
+from lrm_pl.checkpoints.tensors import read_tensors, write_tensors
 from lrm_pl.training.processes import wait_for_gloo_threads
 
 def say(*words):  # one write, so that the ranks' lines do not mix
@@ -189,29 +200,29 @@ tensors["adam.copies"] = distribute_tensor(whole["adam.copies"], copies, [Replic
 tensors["adam.same"] = distribute_tensor(whole["adam.same"], mesh, [Replicate()])
 tensors["adam.step"] = torch.tensor(3.0)
 whole |= {f"network.{name}": t for name, t in plain.items()} | {"adam.step": torch.tensor(3.0)}
-path = ck.checkpoint_path(folder, 1)
+path = checkpoint_path(folder, 1)
 if what == "write":
-    files = ck.write_tensors(path, tensors, dist.group.WORLD)
+    files = write_tensors(path, tensors, dist.group.WORLD)
     if rank == 0:
-        ck.finalize_checkpoint(path, 1, {}, files)
+        finalize_checkpoint(path, 1, {}, files)
         say("FILES", json.dumps(files))
 elif what == "fail":  # rank 1 cannot write its file
     if rank == 1:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
     try:
-        ck.write_tensors(path, tensors, dist.group.WORLD)
+        write_tensors(path, tensors, dist.group.WORLD)
     except OSError as error:
         say("RANK", rank, error)
 elif what == "no folder":  # rank 0 cannot make the folder
     try:
-        ck.write_tensors(path, tensors, dist.group.WORLD)
+        write_tensors(path, tensors, dist.group.WORLD)
     except OSError as error:
         say("RANK", rank, error)
 else:
     for tensor in tensors.values():
         tensor.zero_()
-    ck.read_tensors(ck.read_checkpoint(path), tensors)
+    read_tensors(read_checkpoint(path), tensors)
     for name, tensor in tensors.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(found, whole[name]), (name, found)
@@ -241,7 +252,7 @@ def processes(tmp_path, root):
 def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by_four(tmp_path, processes):
     files = json.loads(processes(2, "write", tmp_path).split("FILES")[1])
     assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
-    checkpoint = ck.read_checkpoint(ck.checkpoint_path(str(tmp_path), 1))
+    checkpoint = read_checkpoint(checkpoint_path(str(tmp_path), 1))
     tensors = read(checkpoint)
     assert torch.equal(tensors["adam.rows"], torch.arange(33.0).reshape(11, 3))
     assert torch.equal(tensors["adam.columns"], torch.arange(35).reshape(5, 7))
@@ -253,9 +264,9 @@ def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by
 @pytest.mark.slow
 def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes):
     processes(2, "write", tmp_path / "two")
-    tensors = read(ck.read_checkpoint(ck.checkpoint_path(str(tmp_path / "two"), 1)))
-    path = ck.checkpoint_path(str(tmp_path / "one"), 1)
-    ck.finalize_checkpoint(path, 1, {}, ck.write_tensors(path, tensors))
+    tensors = read(read_checkpoint(checkpoint_path(str(tmp_path / "two"), 1)))
+    path = checkpoint_path(str(tmp_path / "one"), 1)
+    finalize_checkpoint(path, 1, {}, write_tensors(path, tensors))
     assert processes(2, "read", tmp_path / "one").count("EXACT 9") == 2
 
 
@@ -263,6 +274,6 @@ def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes)
 def test_a_rank_that_cannot_write_makes_all_ranks_say_so_and_none_wait(tmp_path, processes):
     said = processes(2, "fail", tmp_path)
     assert said.count("File too large") == 2
-    assert ck.list_checkpoints(str(tmp_path)) == []
+    assert list_checkpoints(str(tmp_path)) == []
     (tmp_path / "file").write_text("")
     assert processes(2, "no folder", tmp_path / "file").count("RANK") == 2

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrm_pl import checkpoints as ck
 from lrm_pl.apps.convert import main as convert
-from lrm_pl.checkpoints import read_index
+from lrm_pl.checkpoints.index import read_checkpoint, read_index
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_specs
 from lrm_pl.cli.main import command_line, main
 from lrm_pl.data.order import SampleOrder
 from lrm_pl.data.synthetic import write_synthetic_shards
@@ -33,9 +33,9 @@ def checkpoint(tmp_path, step, version=0):
 
 
 def weights(path):
-    found = ck.read_checkpoint(str(path))
-    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(found).items()}
-    ck.read_tensors(found, into)
+    found = read_checkpoint(str(path))
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in tensor_specs(found).items()}
+    read_tensors(found, into)
     return into
 
 

@@ -7,8 +7,8 @@ import yaml
 from safetensors.torch import load_file
 
 from lrm_pl import LRMPipeline
-from lrm_pl import checkpoints as ck
 from lrm_pl.apps.export import main as export
+from lrm_pl.checkpoints.index import newest_checkpoint
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.errors import InputError
 from tests.integration.checkpoint_runs import AVERAGE, keeper, read, same
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def test_exported_weights_equal_the_checkpoint_and_load_strictly(fit, tmp_path, capsys):
     folder = fit("run", 2, keeper(), AVERAGE)
-    checkpoint = ck.newest_checkpoint(f"{folder}/checkpoints", print)
+    checkpoint = newest_checkpoint(f"{folder}/checkpoints", print)
     tensors = read(checkpoint)
     network = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
     average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
@@ -95,13 +95,11 @@ def test_an_invalid_export_is_rejected_and_writes_nothing(fit, tmp_path):
             tmp_path / "nothing",
             "found nothing at .*nothing. Correct the path",
         ),
-        (folder / "config.yaml", f"found the file {folder}/config.yaml. Pass its folder: {folder}$"),
-        (folder / "checkpoints" / "step-00000002" / "index.json", "Pass its folder: .*/step-00000002$"),
         (
-            tmp_path / "weights.pth",
-            "found the file .*weights.pth. Convert published weights with `lrm convert`",
+            folder / "config.yaml",
+            "found a file. Pass the folder of a checkpoint, or convert published weights",
         ),
-        (tmp_path / "begun", "expected a checkpoint of the run .*begun, but found none. Wait until"),
+        (tmp_path / "begun", "found a run without checkpoints. Wait until"),
         (
             tmp_path / "exported",
             "found an exported network. Start from it with `lrm fit --weights.network",

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.checkpoints import list_checkpoints
+from lrm_pl.checkpoints.index import list_checkpoints
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.main import command_line, main
 from lrm_pl.data.manifest import Manifest, write_manifest

@@ -59,9 +59,7 @@ def slow(monkeypatch, owner, name, seconds):
     monkeypatch.setattr(owner, name, slower)
 
 
-def test_mfu_is_the_model_flops_divided_by_the_time_and_the_peak(
-    quick, monkeypatch, tmp_path, no_report
-):
+def test_mfu_is_the_model_flops_divided_by_the_time_and_the_peak(quick, monkeypatch, tmp_path, no_report):
     monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: 1e9)
     monkeypatch.setattr(
         StepCosts, "model_flops_of", lambda self, objects, pixels, *, lpips: 1000.0 * objects + pixels

@@ -16,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lrm_pl.checkpoints import list_checkpoints, read_index
+from lrm_pl.checkpoints.index import list_checkpoints, read_index
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError

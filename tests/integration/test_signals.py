@@ -14,7 +14,7 @@ import time
 import lightning as L
 import pytest
 
-from lrm_pl.checkpoints import list_checkpoints
+from lrm_pl.checkpoints.index import list_checkpoints
 from lrm_pl.cli.main import command_line, main
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 

@@ -12,7 +12,8 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrm_pl.callbacks.progress_bar import ProgressBar
-from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.checkpoints.index import read_checkpoint
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.kernels.device import CopyStream, as_accelerator
 from lrm_pl.training import sharded_state

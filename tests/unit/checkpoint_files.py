@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from lrm_pl import checkpoints as ck
-from lrm_pl.checkpoints import checkpoint_path
+from lrm_pl.checkpoints.index import checkpoint_path, checkpoint_step, finalize_checkpoint, list_checkpoints
+from lrm_pl.checkpoints.tensors import write_tensors
 
 
 def some_tensors(seed=0):
@@ -23,8 +23,8 @@ def some_tensors(seed=0):
 
 def write(folder, step, tensors=None, run=None):
     path = checkpoint_path(str(folder), step)
-    files = ck.write_tensors(path, some_tensors(step) if tensors is None else tensors)
-    return ck.finalize_checkpoint(path, step, {"position": step} if run is None else run, files)
+    files = write_tensors(path, some_tensors(step) if tensors is None else tensors)
+    return finalize_checkpoint(path, step, {"position": step} if run is None else run, files)
 
 
 def largest(path):
@@ -38,4 +38,4 @@ def flipped(path):
 
 
 def steps(folder):
-    return sorted(ck.checkpoint_step(path) for path in ck.list_checkpoints(str(folder)))
+    return sorted(checkpoint_step(path) for path in list_checkpoints(str(folder)))

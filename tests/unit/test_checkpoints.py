@@ -16,14 +16,23 @@ import time
 import pytest
 import torch
 
-from lrm_pl import checkpoints as ck
-from lrm_pl.checkpoints import CheckpointError, checkpoint_path
+from lrm_pl.checkpoints.index import (
+    CheckpointError,
+    checkpoint_path,
+    finalize_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    read_index,
+    remove_partial_checkpoints,
+)
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
 from tests.unit.checkpoint_files import flipped, largest, some_tensors, steps, write
 
 
 def read(checkpoint):
-    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(checkpoint).items()}
-    ck.read_tensors(checkpoint, into)
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in tensor_specs(checkpoint).items()}
+    read_tensors(checkpoint, into)
     return into
 
 
@@ -38,28 +47,28 @@ def same(ours, theirs):
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     run = {"position": 17, "guard": {"norms": [0.1, 1e-300]}, "score": None}
     written = write(tmp_path, 17, run=run)
-    found = ck.read_checkpoint(checkpoint_path(str(tmp_path), 17))
+    found = read_checkpoint(checkpoint_path(str(tmp_path), 17))
     assert found == written
     assert (found.step, found.run) == (17, run)
     assert same(read(found), some_tensors(17))
-    assert ck.tensor_names(found) == {name: tensor.shape for name, tensor in some_tensors(17).items()}
+    assert tensor_names(found) == {name: tensor.shape for name, tensor in some_tensors(17).items()}
     assert os.listdir(tmp_path) == ["step-00000017"]
 
 
 def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path):
     path = checkpoint_path(str(tmp_path), 3)
-    files = ck.write_tensors(path, some_tensors())
+    files = write_tensors(path, some_tensors())
     assert os.listdir(tmp_path) == ["step-00000003.partial"]
-    assert ck.list_checkpoints(str(tmp_path)) == []
-    assert ck.newest_checkpoint(str(tmp_path), print) is None
-    ck.finalize_checkpoint(path, 3, {}, files)
+    assert list_checkpoints(str(tmp_path)) == []
+    assert newest_checkpoint(str(tmp_path), print) is None
+    finalize_checkpoint(path, 3, {}, files)
     assert os.listdir(tmp_path) == ["step-00000003"]
 
 
 def test_a_model_of_another_shape_is_refused_by_name(tmp_path):
     found = write(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"found 2 missing.*network\.a\.bias.*-c RUN/config\.yaml"):
-        ck.read_tensors(found, {"network.a.bias": torch.empty(1), "other": torch.empty(2)})
+        read_tensors(found, {"network.a.bias": torch.empty(1), "other": torch.empty(2)})
 
 
 def without_index(path):
@@ -109,9 +118,9 @@ def changed(key, value):
 
 DAMAGES = {
     without_index: "found no index.json: the checkpoint is missing or incomplete",
-    truncated: "expected .* bytes, but found .*: the checkpoint is damaged",
-    flipped: "expected SHA-256 .*, but found a different one: the checkpoint is damaged",
-    missing_file: "but found none: the checkpoint is damaged",
+    truncated: "expected .* bytes with SHA-256 .*, but found .* bytes: the checkpoint is damaged",
+    flipped: "expected .* bytes with SHA-256 .*, but found a different hash: the checkpoint is damaged",
+    missing_file: "but found no file: the checkpoint is damaged",
     no_json: "expected the index of a checkpoint, but found JSONDecodeError",
     no_text: "expected the index of a checkpoint, but found UnicodeDecodeError",
     a_list: "expected the index of a checkpoint, but found TypeError",
@@ -135,17 +144,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_b
     (tmp_path / "x").write_text("outside")
     damage(tmp_path / "step-00000002")
     said = []
-    found = ck.newest_checkpoint(str(tmp_path), said.append)
+    found = newest_checkpoint(str(tmp_path), said.append)
     assert found.step == 1
     assert same(read(found), some_tensors(1))
     assert len(said) == 1
     with pytest.raises(CheckpointError, match=DAMAGES[damage]):
-        ck.read_checkpoint(checkpoint_path(str(tmp_path), 2))
+        read_checkpoint(checkpoint_path(str(tmp_path), 2))
     damage(tmp_path / "step-00000001")
     with pytest.raises(
         CheckpointError, match=r"expected a valid checkpoint among the 2 in .*--run.resume PATH"
     ):
-        ck.newest_checkpoint(str(tmp_path), said.append)
+        newest_checkpoint(str(tmp_path), said.append)
 
 
 def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
@@ -155,18 +164,18 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(t
     write(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
     assert sorted(os.listdir(tmp_path / "step-00000002")) == [".metadata", "__0_0.distcp", "index.json"]
-    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
+    assert newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
 def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
     path = checkpoint_path(str(tmp_path), 1)
-    files = ck.write_tensors(path, some_tensors())
+    files = write_tensors(path, some_tensors())
     with pytest.raises(
         OSError,
         match=r"__1_0\.distcp: expected 5 bytes.*found none. Make sure that all nodes share this folder",
     ):
-        ck.finalize_checkpoint(path, 1, {}, {**files, "__1_0.distcp": (5, "0")})
-    assert ck.list_checkpoints(str(tmp_path)) == []
+        finalize_checkpoint(path, 1, {}, {**files, "__1_0.distcp": (5, "0")})
+    assert list_checkpoints(str(tmp_path)) == []
 
 
 # --- code
@@ -203,8 +212,8 @@ def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp
     )):  # fmt: skip
         write(tmp_path, step)
         swap(tmp_path / f"step-{step:08d}", ".metadata", content)
-        found = ck.read_checkpoint(checkpoint_path(str(tmp_path), step))
-        for way in (ck.tensor_names, read, lambda one: ck.read_tensors(one, some_tensors())):
+        found = read_checkpoint(checkpoint_path(str(tmp_path), step))
+        for way in (tensor_names, read, lambda one: read_tensors(one, some_tensors())):
             with pytest.raises(
                 CheckpointError, match=r"a pickle that calls (posix\.system|builtins\.eval), which was not"
             ):
@@ -224,7 +233,7 @@ def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
     for entry in content.storage_data.values():
         entry.length = len(evil)
     swap(tmp_path / "step-00000001", ".metadata", pickle.dumps(content))
-    found = ck.read_checkpoint(found.path)
+    found = read_checkpoint(found.path)
     with pytest.raises(CheckpointError, match=r"a pickle that calls posix\.system, which was not executed"):
         read(found)
     assert not trace.exists()
@@ -234,11 +243,11 @@ def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
     write(tmp_path, 1)
     path = tmp_path / "step-00000001"
     swap(path, ".metadata", (path / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../../a/../b"))
-    found = ck.read_checkpoint(str(path))
+    found = read_checkpoint(str(path))
     with pytest.raises(
         CheckpointError, match=r"references to files outside of the checkpoint: \['\.\./\.\./a/\.\./b'\]"
     ):
-        ck.tensor_names(found)
+        tensor_names(found)
 
 
 @pytest.mark.parametrize(
@@ -248,22 +257,25 @@ def test_metadata_that_is_none_is_refused(tmp_path, content):
     write(tmp_path, 1)
     swap(tmp_path / "step-00000001", ".metadata", content)
     with pytest.raises(CheckpointError, match=r"\.metadata: expected a dict of tensors"):
-        ck.tensor_names(ck.read_index(str(tmp_path / "step-00000001")))
+        tensor_names(read_index(str(tmp_path / "step-00000001")))
 
 
 # --- being killed, and a full disk
 
 WRITER = """
 import sys, torch
-from lrm_pl.checkpoints import *
+from lrm_pl.checkpoints.index import checkpoint_path, finalize_checkpoint, newest_checkpoint
+from lrm_pl.checkpoints.retention import Retention
+from lrm_pl.checkpoints.tensors import write_tensors
 folder = sys.argv[1]
-newest = newest_checkpoint(folder, print)  # a run that is started again goes on
+newest = newest_checkpoint(folder, print)  # a restarted run continues
+retention = Retention(folder, newest.step if newest else None, keep=2)
 print("ready", flush=True)
 for step in range((newest.step if newest else 0) + 1, 10**6):
     path = checkpoint_path(folder, step)
     tensors = {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}
     finalize_checkpoint(path, step, {"position": 2 * step}, write_tensors(path, tensors))
-    prune_checkpoints(folder, keep=2)
+    retention.add(path, None)
 """
 
 
@@ -284,9 +296,9 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         process.stdout.close()
-        ck.remove_partial_checkpoints(str(tmp_path), print)
+        remove_partial_checkpoints(str(tmp_path), print)
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
-        found = ck.newest_checkpoint(str(tmp_path), print)
+        found = newest_checkpoint(str(tmp_path), print)
         if found is None:
             assert reached == 0
             continue
@@ -314,10 +326,10 @@ def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpo
     write(tmp_path, 1)
     with small_files(), pytest.raises(OSError, match="File too large"):
         write(tmp_path, 2, {"a": torch.randn(100_000)})
-    assert ck.list_checkpoints(str(tmp_path)) == [checkpoint_path(str(tmp_path), 1)]
-    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 1
+    assert list_checkpoints(str(tmp_path)) == [checkpoint_path(str(tmp_path), 1)]
+    assert newest_checkpoint(str(tmp_path), pytest.fail).step == 1
     write(tmp_path, 2)  # on top of what was left
-    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
+    assert newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
 def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
@@ -335,7 +347,7 @@ def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
         write(disk, 1)
         with pytest.raises(OSError, match="No space left on device"):
             write(disk, 2, {"a": torch.randn(100_000)})
-        assert ck.newest_checkpoint(str(disk), pytest.fail).step == 1
+        assert newest_checkpoint(str(disk), pytest.fail).step == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -360,4 +372,4 @@ def test_a_checkpoint_can_be_written_in_a_thread_while_others_read(tmp_path):
         thread.join(60)
     assert failures == []
     assert steps(tmp_path) == [1, 2, 3, 4]
-    assert same(read(ck.newest_checkpoint(str(tmp_path), pytest.fail)), some_tensors(4))
+    assert same(read(newest_checkpoint(str(tmp_path), pytest.fail)), some_tensors(4))

@@ -6,8 +6,19 @@ import sys
 import pytest
 import torch
 
-from lrm_pl import checkpoints as ck
-from lrm_pl.checkpoints import CheckpointError, checkpoint_path
+from lrm_pl.checkpoints.files import require_writable
+from lrm_pl.checkpoints.index import (
+    CheckpointError,
+    checkpoint_path,
+    finalize_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_checkpoint,
+)
+from lrm_pl.checkpoints.owner import Owner
+from lrm_pl.checkpoints.retention import Retention
+from lrm_pl.checkpoints.tensors import read_tensors, tensor_specs, write_tensors
 from lrm_pl.errors import InputError
 from lrm_pl.storage import StoreError
 
@@ -34,17 +45,17 @@ def some_tensors(step):
 
 def write(step, tensors=None):
     path = checkpoint_path(RUN, step)
-    files = ck.write_tensors(path, tensors or some_tensors(step))
-    return ck.finalize_checkpoint(path, step, {"position": step}, files)
+    files = write_tensors(path, tensors or some_tensors(step))
+    return finalize_checkpoint(path, step, {"position": step}, files)
 
 
 def require_whole(step):
     said = []
-    found = ck.newest_checkpoint(RUN, said.append)
+    found = newest_checkpoint(RUN, said.append)
     assert found is not None
     assert found.step == step, said
-    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(found).items()}
-    ck.read_tensors(found, into)
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in tensor_specs(found).items()}
+    read_tensors(found, into)
     expected = some_tensors(step)
     assert into.keys() == expected.keys()
     assert all(torch.equal(into[name], expected[name]) for name in expected)
@@ -52,22 +63,22 @@ def require_whole(step):
 
 
 def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3):
-    assert ck.newest_checkpoint(RUN, print) is None
+    assert newest_checkpoint(RUN, print) is None
     for step in (1, 2, 3):
         write(step)
     require_whole(3)
-    ck.prune_checkpoints(RUN, keep=2)
-    assert ck.list_checkpoints(RUN) == [checkpoint_path(RUN, 3), checkpoint_path(RUN, 2)]
-    ck.remove_checkpoint(checkpoint_path(RUN, 3))
+    Retention(RUN, 2, keep=2).add(checkpoint_path(RUN, 3), None)
+    assert list_checkpoints(RUN) == [checkpoint_path(RUN, 3), checkpoint_path(RUN, 2)]
+    remove_checkpoint(checkpoint_path(RUN, 3))
     require_whole(2)
 
 
 def test_the_index_is_the_last_object_that_is_put(s3):
     path = checkpoint_path(RUN, 1)
-    files = ck.write_tensors(path, some_tensors(1))
+    files = write_tensors(path, some_tensors(1))
     with pytest.raises(CheckpointError, match="incomplete"):
-        ck.read_checkpoint(path)
-    ck.finalize_checkpoint(path, 1, {}, files)
+        read_checkpoint(path)
+    finalize_checkpoint(path, 1, {}, files)
     puts = [path.rsplit("/", 1)[-1] for method, path in s3.seen if method == "PUT"]
     assert puts[-1] == "index.json"
     require_whole(1)
@@ -78,7 +89,7 @@ def test_a_large_tensor_goes_up_in_parts_and_comes_back_exact(s3):
     found = write(5, large)
     assert any("partNumber=2" in path for _, path in s3.seen)
     into = {"large": torch.empty(30_000_000)}
-    ck.read_tensors(ck.read_checkpoint(found.path), into)
+    read_tensors(read_checkpoint(found.path), into)
     assert torch.equal(into["large"], large["large"])
 
 
@@ -126,7 +137,7 @@ def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object
     with pytest.raises(OSError, match="the request failed with"):
         write(5, {"large": torch.zeros(30_000_000)})
     s3.fault = lambda method, path, number: None
-    assert ck.list_checkpoints(RUN) == []
+    assert list_checkpoints(RUN) == []
 
 
 def test_a_download_that_is_cut_once_is_tried_again(s3):
@@ -141,7 +152,7 @@ def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s
     write(2)
     s3.fault = first_times(1000, "drop", method="GET", name="step-00000002/index.json")
     with pytest.raises(StoreError, match="Check the bucket, the credentials and the endpoint"):
-        ck.newest_checkpoint(RUN, pytest.fail)
+        newest_checkpoint(RUN, pytest.fail)
 
 
 def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
@@ -153,44 +164,44 @@ def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
     content = bytearray(fs.cat_file("bucket/runs/one/step-00000002/__0_0.distcp"))
     content[len(content) // 2] ^= 1
     fs.pipe_file("bucket/runs/one/step-00000002/__0_0.distcp", bytes(content))
-    assert "found a different one: the checkpoint is damaged" in require_whole(1)[0]
+    assert "found a different hash: the checkpoint is damaged" in require_whole(1)[0]
     fs.pipe_file("bucket/runs/one/step-00000002/__0_0.distcp", bytes(content[:-5]))
     assert "bytes, but found" in require_whole(1)[0]
 
 
 def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says_so(s3):
-    path = ck.checkpoint_path("s3://bucket/run", 5)
-    ck.write_tensors(path, {"a": torch.ones(3)})
+    path = checkpoint_path("s3://bucket/run", 5)
+    write_tensors(path, {"a": torch.ones(3)})
     said = []
-    assert ck.newest_checkpoint("s3://bucket/run", said.append) is None
+    assert newest_checkpoint("s3://bucket/run", said.append) is None
     assert "no checkpoint was completed; starting from the first step" in said[-1]
 
 
 def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
-    older = ck.Owner("s3://bucket/run", "runs/older")
+    older = Owner("s3://bucket/run", "runs/older")
     older.require()
-    newer = ck.Owner("s3://bucket/run", "runs/newer")
+    newer = Owner("s3://bucket/run", "runs/newer")
     newer.require()
     with pytest.raises(
         InputError, match=r"expected this run to be the only one.*a newer run: .*'run': 'runs/newer'"
     ):
         older.require()
-    ck.Owner("s3://bucket/other", "runs/other")
+    Owner("s3://bucket/other", "runs/other")
     newer.require()
 
 
 def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
     with pytest.raises(InputError, match="bucket does not exist"):
-        ck.require_writable("s3://buckett/run")
-    ck.require_writable(RUN)
+        require_writable("s3://buckett/run")
+    require_writable(RUN)
     assert not any(method == "PUT" and path.rstrip("/") == "/buckett" for method, path in s3.seen)
-    assert ck.list_checkpoints(RUN) == []
+    assert list_checkpoints(RUN) == []
 
 
 def test_without_s3fs_the_error_names_the_extra_to_install(root):
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from lrm_pl.checkpoints import *\n"
+        "from lrm_pl.checkpoints.index import list_checkpoints\n"
         "try: list_checkpoints('s3://bucket/run')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
@@ -205,4 +216,4 @@ def test_a_store_of_no_known_kind_is_refused():
     with pytest.raises(
         InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, but found 'nope://x'"
     ):
-        ck.list_checkpoints("nope://x")
+        list_checkpoints("nope://x")

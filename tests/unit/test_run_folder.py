@@ -12,16 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lrm_pl.checkpoints import (
-    CheckpointError,
-    checkpoint_path,
-    choose_checkpoint,
-    finalize_checkpoint,
-    find_checkpoint,
-    read_newest,
-    remove_checkpoint,
-    write_tensors,
-)
+from lrm_pl.checkpoints.index import CheckpointError, checkpoint_path, finalize_checkpoint, remove_checkpoint
+from lrm_pl.checkpoints.selection import choose_checkpoint, find_checkpoint, read_newest
+from lrm_pl.checkpoints.tensors import write_tensors
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 from lrm_pl.training.checkpointing import CheckpointAndResume
