@@ -8,9 +8,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from lrm_pl.errors import InputError
+from lrm_pl.paths import require_out
 from lrm_pl.storage import is_local, open_store, store_errors
 
 #: File name -> (size in bytes, SHA-256).
@@ -104,20 +105,11 @@ def require_writable(folder: str) -> None:
         InputError: The folder is not writable.
     """
     fs, inner = open_store(folder)
+    if is_local(folder):
+        require_out(Path(inner))
+        return
     probe = f"{folder.rstrip('/')}/.writable"
-    try:
-        if is_local(folder):
-            fs.makedirs(inner, exist_ok=True)
-        with hashed_file(probe) as file:
-            file.write(b"yes\n")
-        with store_errors(probe):
-            fs.rm_file(f"{inner.rstrip('/')}/.writable")
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(
-            subject=folder,
-            expected="a writable folder for checkpoints",
-            found=error,
-            remedy="choose another folder",
-        ) from error
+    with hashed_file(probe) as file:
+        file.write(b"yes\n")
+    with store_errors(probe):
+        fs.rm_file(f"{inner.rstrip('/')}/.writable")

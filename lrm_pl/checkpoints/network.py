@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from lrm_pl.checkpoints.index import Checkpoint, CheckpointError
-from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
+from lrm_pl.checkpoints.tensors import read_tensors, require_tensors, tensor_names
 from lrm_pl.models.encoder import ImageEncoder
 
 _NETWORK, _AVERAGE = "network.", "average."
@@ -20,20 +20,7 @@ def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
     Raises:
         CheckpointError: Weights are missing, are unexpected or have a different shape.
     """
-    found = {name: shape for name, shape in tensor_names(checkpoint).items() if name.startswith(_NETWORK)}
-    expected = {name: tensor.shape for name, tensor in network_tensors(lrm).items()}
-    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
-    unexpected = [name for name in found if name not in expected]
-    if wrong or unexpected:
-        raise CheckpointError(
-            subject=checkpoint.path,
-            expected="the weights of this model",
-            found=(
-                f"{len(wrong)} missing or of another shape {wrong[:3]} and {len(unexpected)} unexpected "
-                f"{unexpected[:3]}"
-            ),
-            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
-        )
+    require_tensors(checkpoint, network_tensors(lrm), _NETWORK)
 
 
 def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = False) -> None:

@@ -79,6 +79,28 @@ def tensor_names(checkpoint: Checkpoint) -> dict[str, torch.Size]:
     return {name: spec.shape for name, spec in tensor_specs(checkpoint).items()}
 
 
+def require_tensors(
+    checkpoint: Checkpoint, expected: Mapping[str, Tensor], prefix: str | None = None
+) -> None:
+    """Check the names and shapes of the tensors in a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint to check.
+        expected: Mapping from name to tensor.
+        prefix: Prefix of names that must be expected. If None, the checkpoint may contain other tensors.
+
+    Raises:
+        CheckpointError: A tensor is missing, is unexpected or has a different shape.
+    """
+    found = tensor_names(checkpoint)
+    wrong = [name for name, tensor in expected.items() if found.get(name) != tensor.shape]
+    unexpected = [name for name in found if prefix and name.startswith(prefix) and name not in expected]
+    if wrong or unexpected:
+        lists = f"{len(wrong)} missing or of another shape {wrong[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        remedy = "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+        raise CheckpointError("the tensors of this model", lists, remedy, subject=checkpoint.path)
+
+
 def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
     """Fill tensors in place from a checkpoint.
 
@@ -92,15 +114,7 @@ def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: A tensor is missing or has a different shape, or a file is unsafe to load.
     """
-    found = tensor_names(checkpoint)
-    wrong = [name for name, tensor in into.items() if found.get(name) != tensor.shape]
-    if wrong:
-        raise CheckpointError(
-            subject=checkpoint.path,
-            expected="the tensors of this model",
-            found=f"{len(wrong)} missing or of another shape {wrong[:3]}",
-            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
-        )
+    require_tensors(checkpoint, into)
     sharded = any(isinstance(tensor, DTensor) for tensor in into.values())
     _ignore_single_process_warning()
     with _load_errors(checkpoint.path), _unwrap_errors():

@@ -1,5 +1,6 @@
 """The folder of a run, with functions for the path, the lock and the log files."""
 
+import argparse
 import dataclasses
 import inspect
 import logging
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
+from lrm_pl.paths import user_path
 from lrm_pl.training.csv_log import AppendingCSVWriter
 
 logger = logging.getLogger(__name__)
@@ -73,22 +75,11 @@ def run_path(folder: str) -> Path:
     Raises:
         InputError: The folder is an empty string, or is a URL. Object stores do not support appending to logs.
     """
-    if not folder:
-        raise InputError(
-            expected="a path for --run.folder",
-            found="an empty string",
-            remedy="check that the shell variable is set",
-        )
-    if "://" in folder:
-        raise InputError(
-            expected="a local path for --run.folder",
-            found=folder,
-            remedy=(
-                "to store only checkpoints there, use --trainer.callbacks with init_args of CheckpointAndResume "
-                f"{{folder: {folder}}}"
-            ),
-        )
-    return Path(folder).expanduser().absolute()
+    try:
+        return user_path(folder).absolute()
+    except argparse.ArgumentTypeError as error:
+        remedy = "to store checkpoints in an object store, set folder of CheckpointAndResume"
+        raise InputError(error, remedy=remedy, subject="--run.folder") from error
 
 
 def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - an unvalidated config

@@ -226,16 +226,13 @@ def test_lightnings_own_choice_of_a_logger_is_refused(choice, tmp_path):
         set_logger_folders(choice, str(tmp_path))
 
 
-def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_path):
+def test_run_path_expands_the_home_folder_and_rejects_urls(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_path("~/run") == tmp_path / "run"
-    with pytest.raises(
-        InputError, match=r"path for --run\.folder, but found an empty string. Check that the shell variable"
-    ):
+    with pytest.raises(InputError, match=r"--run\.folder: expected a path"):
         run_path("")
     with pytest.raises(
-        InputError,
-        match=r"expected a local path for --run.folder, but found s3://b/run\. .*CheckpointAndResume",
+        InputError, match=r"--run\.folder: expected a path .* s3://b/run.*CheckpointAndResume"
     ):
         run_path("s3://b/run")
 
