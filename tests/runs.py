@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.checkpoints.index import newest_checkpoint, read_checkpoint
 from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
+from lrm_pl.cli.main import main
 from tests import ROOT
 
 RUN_CONFIG = {
@@ -74,12 +75,7 @@ class Runs:
             module: Module to run: ``lrm_pl``, or ``tests.accelerator.run`` for the code paths of accelerators.
             environment: Environment variables.
         """
-        arguments = [command, "-c", str(self.folder / "tiny.yaml")]
-        arguments += [
-            part for layer in layers for part in ("-c", str(ROOT / "configs" / "trainer" / f"{layer}.yaml"))
-        ]
-        arguments += ["--data.folder", str(self.shards), "--trainer.devices", str(processes)]
-        arguments += ["--run.folder", str(self.folder / name), *map(str, options)]
+        arguments = self._arguments(command, name, processes, options, layers)
         launcher = (
             [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         )
@@ -90,6 +86,18 @@ class Runs:
                 cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
             )  # fmt: skip
+
+    def _arguments(self, command, name, processes, options, layers):
+        configs = [self.folder / "tiny.yaml", *(ROOT / f"configs/trainer/{layer}.yaml" for layer in layers)]
+        return [
+            command, *(part for config in configs for part in ("-c", str(config))),
+            "--data.folder", str(self.shards), "--trainer.devices", str(processes),
+            "--run.folder", str(self.folder / name), *map(str, options),
+        ]  # fmt: skip
+
+    def fit_here(self, name, *options, layers=("cpu",)):
+        """Train in this process, which avoids the start of a process."""
+        main(self._arguments("fit", name, 1, options, layers))
 
     def run(self, name, processes, *options, limit_s=150, status=0, **how):
         """Run to the end and return the log."""
