@@ -47,7 +47,7 @@ class Owner:
         found = _read_signature(self.folder)
         if found != self._signature:
             raise InputError(
-                expected=f"this run to be the only one that writes to {self.folder}",
+                expected=f"exclusive use of {self.folder} by this run",
                 found=f"a newer run: {found}",
                 remedy="use one folder per run; the checkpoints that this run has written are complete",
             )

@@ -96,9 +96,13 @@ def require_tensors(
     wrong = [name for name, tensor in expected.items() if found.get(name) != tensor.shape]
     unexpected = [name for name in found if prefix and name.startswith(prefix) and name not in expected]
     if wrong or unexpected:
-        lists = f"{len(wrong)} missing or of another shape {wrong[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
-        remedy = "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
-        raise CheckpointError("the tensors of this model", lists, remedy, subject=checkpoint.path)
+        problem = f"{len(wrong)} missing or with a different shape {wrong[:3]}"
+        raise CheckpointError(
+            subject=checkpoint.path,
+            expected="the tensors of this model",
+            found=f"{problem} and {len(unexpected)} unexpected {unexpected[:3]}",
+            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
+        )
 
 
 def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:

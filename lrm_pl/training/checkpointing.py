@@ -258,7 +258,9 @@ class CheckpointAndResume(L.Callback):
         if error is not None and not isinstance(error, OSError):
             return error
         cause = "see the log of another rank" if error is None else str(error)
-        newest = f". The newest complete one is {self.newest or 'none'}" if trainer.is_global_zero else ""
+        newest = (
+            f". The newest complete checkpoint is {self.newest or 'none'}" if trainer.is_global_zero else ""
+        )
         remedy = "Free some space" if getattr(error, "errno", None) in NO_SPACE_ERRORS else "Fix the cause"
         return InputError(
             f"A checkpoint could not be written to {self.folder} by step {step}: {cause}{newest}. "
@@ -277,9 +279,9 @@ class CheckpointAndResume(L.Callback):
         ids = sorted(key for rank in gather_objects(module.current_sample_ids, self._group) for key in rank)
         guard = module.guard
         return (
-            f"Expected {guard.expectation}, but found {guard.consecutive_skips} bad ones in a row by step {step}, the "
-            f"last of norm {guard.last:.3g}. Check the samples of the last step ({', '.join(ids)}), lower the learning "
-            f"rate, or {guard.remedy}"
+            f"Expected {guard.expectation}, but found {guard.consecutive_skips} consecutive violations up to step "
+            f"{step}, the last with norm {guard.last:.3g}. Check the samples of the last step ({', '.join(ids)}), "
+            f"lower the learning rate, or {guard.remedy}"
         )
 
     # --- saving

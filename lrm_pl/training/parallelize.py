@@ -126,6 +126,6 @@ def require_equal_weights(module: nn.Module) -> None:
     if not torch.equal(bounds[0], -bounds[1]):
         raise InputError(
             expected="equal initial weights on all ranks",
-            found="different ones",
+            found="different weights",
             remedy="use the same seed (--seed_everything 0) and the same weight files on all ranks",
         )

@@ -27,7 +27,7 @@ def require_supported_strategy_name(name: str) -> None:
     """
     module, _, short = name.rpartition(".")
     match = re.match(r"(fsdp|deepspeed|zero)2?(?:strategy|_stage_(\d)|_|$)", short.lower())
-    if match is not None and not module.startswith("lrm_pl."):
+    if match is not None and module.partition(".")[0] in ("", "lightning", "pytorch_lightning"):
         config = "fsdp2" if match[1] == "fsdp" else f"deepspeed_{match[2] or 2}"
         raise InputError(
             expected="a strategy that supports checkpoints and gradient checks",

@@ -42,7 +42,7 @@ def test_consecutive_bad_steps_stop_the_run_with_a_checkpoint_and_the_sample_ids
     # A checkpoint is being written while the ranks gather the sample ids.
     options = (keep_every(1), *poison(5, 99), "--model.guard.patience=3")
     log = runs.run("diverged", 2, *options, layers=["ddp"], status=1)
-    assert "Expected finite gradients, but found 3 bad ones in a row by step 8" in log
+    assert "Expected finite gradients, but found 3 consecutive violations up to step 8" in log
     assert log.count("train-ellipsoid-") >= 4, "the four samples of the step, of both ranks"
     checkpoint, tensors = runs.final("diverged")
     assert checkpoint.step == 8
@@ -57,6 +57,8 @@ def test_divergence_in_the_last_steps_is_an_error(runs):
         keep_every(100), *poison(5, 99), "--trainer.callbacks.rank=0", "--model.guard.patience=3",
         "--trainer.max_steps=8",
     )  # fmt: skip
-    with pytest.raises(SystemExit, match="found 3 bad ones in a row by step 8, the last of norm nan"):
+    with pytest.raises(
+        SystemExit, match="found 3 consecutive violations up to step 8, the last with norm nan"
+    ):
         runs.fit_here("diverged-last", *options)
     assert runs.final("diverged-last")[0].step == 8

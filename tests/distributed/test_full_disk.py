@@ -48,7 +48,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
     step = int(newest.removeprefix("step-"))
     assert step in (5, 10), "a rank's file takes more room than its tensors"
     assert (
-        f"The newest complete one is {checkpoints}/{newest}. Free some space and run the same command"
+        f"The newest complete checkpoint is {checkpoints}/{newest}. Free some space and run the same command"
         in first
     )
     assert second.returncode == 0, (folder / "second.log").read_text()[-4000:]

@@ -1,7 +1,8 @@
-"""Checkpoints beyond the run's own folder: in a bucket, exported, and of any number of processes."""
+"""Checkpoints in object stores and shared folders, and of any number of processes."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_them(fit, s3):
+def test_checkpoints_in_an_object_store_are_written_deleted_and_resumed_from(fit, s3):
     bucket = "s3://bucket/runs/one"
     folder = fit("run", 6, keeper(folder=bucket))
     assert not (folder / "checkpoints").exists()
@@ -44,7 +45,7 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_th
 
 
 class Intruder(L.Callback):
-    """Another run that begins in the same folder, in the middle of this one."""
+    """Callback that simulates the start of another run with the same checkpoint folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -54,7 +55,7 @@ class Intruder(L.Callback):
             Owner(self.folder, "runs/newer")
 
 
-def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fit, s3):
+def test_a_run_stops_if_a_newer_run_writes_to_its_bucket(fit, s3):
     bucket = "s3://bucket/run"
     intruder = {"class_path": f"{__name__}.Intruder", "init_args": {"folder": bucket}}
     with pytest.raises(SystemExit, match=r"a newer run: .*runs/newer.*Use one folder per run"):
@@ -62,7 +63,7 @@ def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fi
     assert [checkpoint_step(path) for path in list_checkpoints(bucket)] == [2]
 
 
-def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path):
+def test_a_second_run_with_the_same_checkpoint_folder_is_rejected(fit, tmp_path):
     code = "import sys; from pathlib import Path; from lrm_pl.training.run_folder import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
@@ -74,7 +75,7 @@ def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path
     fit("run", 2, keeper(folder=str(tmp_path / "shared")))
 
 
-def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
+def test_a_new_run_does_not_resume_from_checkpoints_of_another_run(fit, tmp_path):
     shared = str(tmp_path / "shared")
     fit("a", 2, keeper(folder=shared))
     with pytest.raises(
@@ -86,7 +87,7 @@ def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
     require_ownership(shared, str(tmp_path / "a"))  # goes on
 
 
-def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, caplog):
+def test_a_run_continues_if_old_checkpoints_cannot_be_deleted(fit, monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OSError("busy")
 
@@ -96,15 +97,13 @@ def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, cap
     assert len(list_checkpoints(str(folder / "checkpoints"))) == 3
 
 
-def test_an_average_that_a_run_does_not_go_on_with_is_named(fit, caplog):
+def test_a_warning_is_logged_if_a_run_does_not_continue_the_average(fit, caplog):
     fit("run", 2, keeper(), AVERAGE)
     fit("run", 4, keeper())
     assert "has a moving average, which this run does not continue" in caplog.text
 
 
-def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_nothing_of_it(
-    fit, tmp_path, shards
-):
+def test_a_resumed_run_keeps_earlier_configs_and_validation_does_not_change_the_run(fit, tmp_path, shards):
     folder = fit("run", 2, keeper())
 
     def contents():
@@ -131,12 +130,12 @@ def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_not
     )
 
 
-def test_a_bucket_that_does_not_exist_stops_a_run_before_its_first_step(fit, s3):
+def test_a_missing_bucket_is_an_error_before_the_first_step(fit, s3):
     with pytest.raises(SystemExit, match="bucket does not exist"):
         fit("run", 2, keeper(folder="s3://nowhere/run"))
 
 
-def test_a_damaged_newest_checkpoint_costs_a_run_only_the_steps_since_the_one_before(fit, caplog):
+def test_a_run_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(fit, caplog):
     folder = fit("run", 6, keeper(keep=9))
     path = f"{folder}/checkpoints/step-00000006"
     whole = read(read_checkpoint(path))
@@ -150,9 +149,7 @@ def test_a_damaged_newest_checkpoint_costs_a_run_only_the_steps_since_the_one_be
 
 
 @pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
-def test_a_run_is_kept_in_its_folder_and_resumed_from_it_whatever_its_logger(
-    fit, tmp_path, monkeypatch, logger
-):
+def test_a_run_is_resumed_from_its_folder_with_any_logger(fit, tmp_path, monkeypatch, logger):
     monkeypatch.chdir(tmp_path)  # a run without a logger would use the working directory
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -179,7 +176,7 @@ from lrm_pl.training.processes import wait_for_gloo_threads
 def say(*words):  # one write, so that the ranks' lines do not mix
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
-what, folder = sys.argv[1:]
+what, *folders = sys.argv[1:]
 dist.init_process_group("gloo")
 atexit.register(wait_for_gloo_threads)
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -200,44 +197,49 @@ tensors["adam.copies"] = distribute_tensor(whole["adam.copies"], copies, [Replic
 tensors["adam.same"] = distribute_tensor(whole["adam.same"], mesh, [Replicate()])
 tensors["adam.step"] = torch.tensor(3.0)
 whole |= {f"network.{name}": t for name, t in plain.items()} | {"adam.step": torch.tensor(3.0)}
-path = checkpoint_path(folder, 1)
-if what == "write":
-    files = write_tensors(path, tensors, dist.group.WORLD)
-    if rank == 0:
-        finalize_checkpoint(path, 1, {}, files)
-        say("FILES", json.dumps(files))
-elif what == "fail":  # rank 1 cannot write its file
-    if rank == 1:
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
-    try:
-        write_tensors(path, tensors, dist.group.WORLD)
-    except OSError as error:
-        say("RANK", rank, error)
-elif what == "no folder":  # rank 0 cannot make the folder
-    try:
-        write_tensors(path, tensors, dist.group.WORLD)
-    except OSError as error:
-        say("RANK", rank, error)
-else:
+
+def check(folder):
     for tensor in tensors.values():
         tensor.zero_()
-    read_tensors(read_checkpoint(path), tensors)
+    read_tensors(read_checkpoint(checkpoint_path(folder, 1)), tensors)
     for name, tensor in tensors.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(found, whole[name]), (name, found)
     say("EXACT", len(tensors))
+
+def fail(folder):
+    try:
+        write_tensors(checkpoint_path(folder, 1), tensors, dist.group.WORLD)
+    except OSError as error:
+        say("ERROR", rank, error)
+
+if what == "write":
+    path = checkpoint_path(folders[0], 1)
+    files = write_tensors(path, tensors, dist.group.WORLD)
+    if rank == 0:
+        finalize_checkpoint(path, 1, {}, files)
+        say("FILES", json.dumps(files))
+    dist.barrier()
+    check(folders[0])
+    fail(folders[0] + "/file")  # rank 0 cannot create the folder
+    if rank == 1:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    fail(folders[0] + "/full")  # rank 1 cannot write its file
+else:
+    for folder in folders:
+        check(folder)
 """
 
 
 @pytest.fixture
 def processes(tmp_path, root):
-    def run(count, what, folder):
+    def run(count, what, *folders):
         (tmp_path / "program.py").write_text(WRITE_OR_READ)
         done = subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-                str(tmp_path / "program.py"), what, str(folder),
+                str(tmp_path / "program.py"), what, *map(str, folders),
             ],
             cwd=root, capture_output=True, text=True, timeout=150,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
@@ -249,31 +251,22 @@ def processes(tmp_path, root):
 
 
 @pytest.mark.slow
-def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by_four(tmp_path, processes):
-    files = json.loads(processes(2, "write", tmp_path).split("FILES")[1])
-    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
-    checkpoint = read_checkpoint(checkpoint_path(str(tmp_path), 1))
-    tensors = read(checkpoint)
+def test_sharded_checkpoints_are_read_with_any_number_of_processes_and_errors_are_raised_on_all_ranks(
+    tmp_path, processes
+):
+    (tmp_path / "file").write_text("")
+    output = processes(2, "write", tmp_path)
+    assert sorted(json.loads(re.search("FILES (.*)", output)[1])) == [
+        ".metadata", "__0_0.distcp", "__1_0.distcp"
+    ]  # fmt: skip
+    assert output.count("EXACT 9") == 2
+    assert output.count("ERROR") == 4
+    assert output.count("File too large") == 2
+    assert list_checkpoints(str(tmp_path / "full")) == []
+    tensors = read(read_checkpoint(checkpoint_path(str(tmp_path), 1)))
     assert torch.equal(tensors["adam.rows"], torch.arange(33.0).reshape(11, 3))
     assert torch.equal(tensors["adam.columns"], torch.arange(35).reshape(5, 7))
     assert torch.equal(tensors["adam.copies"], torch.arange(26).bfloat16().reshape(13, 2))
-    for count in (2, 4):
-        assert processes(count, "read", tmp_path).count("EXACT 9") == count
-
-
-@pytest.mark.slow
-def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes):
-    processes(2, "write", tmp_path / "two")
-    tensors = read(read_checkpoint(checkpoint_path(str(tmp_path / "two"), 1)))
     path = checkpoint_path(str(tmp_path / "one"), 1)
     finalize_checkpoint(path, 1, {}, write_tensors(path, tensors))
-    assert processes(2, "read", tmp_path / "one").count("EXACT 9") == 2
-
-
-@pytest.mark.slow
-def test_a_rank_that_cannot_write_makes_all_ranks_say_so_and_none_wait(tmp_path, processes):
-    said = processes(2, "fail", tmp_path)
-    assert said.count("File too large") == 2
-    assert list_checkpoints(str(tmp_path)) == []
-    (tmp_path / "file").write_text("")
-    assert processes(2, "no folder", tmp_path / "file").count("RANK") == 2
+    assert processes(4, "read", tmp_path, tmp_path / "one").count("EXACT 9") == 8

@@ -131,7 +131,7 @@ def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(h
     assert set(tmp_path.iterdir()) == files, "no new run is created"
     with pytest.raises(
         SystemExit,
-        match=r"expected the tensors of this model, but found 25 missing or of another shape.*config\.yaml",
+        match=r"expected the tensors of this model, but found 25 missing or with a different shape.*config\.yaml",
     ):
         main(["validate", *here, "--model.lrm.dim", "32", "--ckpt_path", path])
     with pytest.raises(

@@ -140,7 +140,7 @@ class SignalAfterTwoSteps(L.Callback):
 @pytest.mark.parametrize(
     ("callback", "steps", "error", "message"),
     [
-        (Poison(), 40, DivergedError, "found 10 bad ones in a row by step 10"),
+        (Poison(), 40, DivergedError, "found 10 consecutive violations up to step 10"),
         (
             SignalAfterTwoSteps(),
             4,
