@@ -38,6 +38,7 @@ RUN_CONFIG = {
         "batch_size": 4,
         "side_views": 1,
         "unseen_views": 2,
+        "val_objects": 4,
         "workers": 0,
         "streams": 2,
         "crop": {"low": 16, "high": 32, "size": 16},
