@@ -12,7 +12,7 @@ from lrm_pl.data.transforms import CropConfig
 from lrm_pl.kernels.device import gpu_properties
 from lrm_pl.planning.gpus import peak_flops
 from lrm_pl.planning.ray_hits import default_cameras, hit_fraction, training_cameras
-from lrm_pl.planning.simulate import StepCosts, StepShape, meta_copy, simulate_step
+from lrm_pl.planning.simulate import StepCosts, StepShape, copy_to, simulate_step
 from lrm_pl.training.module import LRMModule
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class UtilizationMeter:
     """
 
     def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:
-        self.lrm = meta_copy(module.lrm)
+        self.lrm = copy_to("meta", module.lrm)
         self.renderer, self.objective, self.parallel = module.renderer, module.objective, module.parallel
         self.data = data
         self._costs: StepCosts | None = None

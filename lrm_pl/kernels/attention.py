@@ -105,18 +105,10 @@ def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
     heads = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
     threads = min(torch.get_num_threads(), len(heads))
 
-    inference = torch.is_inference_mode_enabled()  # thread-local, so each thread has to set it
-
     def run(thread: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            for b, h in heads[thread::threads]:
-                work(b, h)
+        for b, h in heads[thread::threads]:
+            work(b, h)
 
-    if threads == 1:
-        with torch.no_grad():
-            for b, h in heads:
-                work(b, h)
-        return
     run_threads(threads, run)
 
 

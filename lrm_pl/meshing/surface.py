@@ -136,7 +136,7 @@ def surface_density(
     c2w, cameras = poses.to(device)[None], fxfycxcy.to(device).expand(1, len(poses), 4)
     size = (_VIEW_SIDE, _VIEW_SIDE)
     rendering = renderer.draw(field, [occupancy], c2w, cameras, size)
-    origins, directions, _, _ = renderer.rays(c2w, cameras, size)
+    rays = renderer.rays(c2w, cameras, size)
     opaque = (rendering.opacity.flatten() > 0.5).nonzero().squeeze(-1)
     if not len(opaque):
         density = density_grid(field, index, 64).density
@@ -146,5 +146,5 @@ def surface_density(
             remedy="choose a threshold in this range, or train longer",
         )
     t = rendering.depth.flatten()[opaque, None]
-    points = origins.flatten(0, 1)[opaque] + t * directions.flatten(0, 1)[opaque]
+    points = rays.origins.flatten(0, 1)[opaque] + t * rays.directions.flatten(0, 1)[opaque]
     return float(query_density(field, index, points).median())

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-import time
+import timeit
 
 import torch
 from torch.nn import functional as F
@@ -176,22 +176,11 @@ def gpu_of_name(name: str) -> Gpu | None:
     for ignored in (frozenset[str](), _FORMS):
         for gpu in GPUS:
             gpu_words, gpu_memory = _parse_name(gpu.name)
-            if gpu_words == words - (ignored - gpu_words) and _memory_matches(
-                memory, gpu_memory, gpu.memory / 1e9
-            ):
+            # A memory size in the name of the GPU must match exactly, and other sizes with a tolerance of 10 %.
+            low, high = (gpu_memory,) * 2 if gpu_memory else (0.9e-9 * gpu.memory, 1.1e-9 * gpu.memory)
+            if gpu_words == words - (ignored - gpu_words) and (memory is None or low <= memory <= high):
                 return gpu
     return None
-
-
-def _memory_matches(memory: int | None, named: int | None, size: float) -> bool:
-    """Return whether a memory size matches a GPU.
-
-    Args:
-        memory: Memory size in GB. If None, every GPU matches.
-        named: Memory size in the name of the GPU in GB, which must match exactly, or None.
-        size: Memory size of the GPU in GB. If ``named`` is None, it must match with a tolerance of 10 %.
-    """
-    return memory is None or (memory == named if named else abs(memory - size) < size / 10)
 
 
 def require_gpu(name: str) -> Gpu:
@@ -202,15 +191,13 @@ def require_gpu(name: str) -> Gpu:
     """
     gpu = gpu_of_name(name)
     if gpu is None:
-        by_spelling = {_spelling(gpu.name): gpu.name for gpu in GPUS}
-        close = difflib.get_close_matches(_spelling(name), by_spelling, n=4, cutoff=0.4)
-        examples = [by_spelling[spelling] for spelling in close] or ["H100", "4090", "MI300X"]
+        by_words = {" ".join(sorted(_parse_name(gpu.name)[0])): gpu.name for gpu in reversed(GPUS)}
+        close = difflib.get_close_matches(" ".join(sorted(_parse_name(name)[0])), by_words, n=4, cutoff=0.4)
+        examples = [by_words[words] for words in close] or ["H100", "4090", "MI300X"]
         raise InputError(
             expected="a known GPU",
             found=f"{name!r}",
-            remedy=(
-                f"use a name such as {', '.join(examples)}, or a known GPU with similar memory and TFLOP/s"
-            ),
+            remedy=f"use a name such as {', '.join(examples)}, or a known GPU with similar memory and TFLOP/s",
         )
     return gpu
 
@@ -235,25 +222,15 @@ def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
     return frozenset(words - sizes), memory
 
 
-def _spelling(name: str) -> str:
-    words, memory = _parse_name(name)
-    return " ".join(sorted(words)) + (f" {memory}" if memory else "")
-
-
 @functools.cache
 def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
     """Measure the peak rate of matrix products on the CPU in FLOP/s, and cache the result.
 
-    The result is the best of nine products that have the shape of the MLP in the LRM paper.
+    The result is the best of ten products that have the shape of the MLP in the LRM paper.
     """
     x, w = torch.randn(3072, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
-    seconds = []
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        F.linear(x, w)
-        for _ in range(9):
-            start = time.perf_counter()
-            F.linear(x, w)
-            seconds.append(time.perf_counter() - start)
+        seconds = timeit.repeat(lambda: F.linear(x, w), repeat=10, number=1)
     return 2 * 3072 * 1024 * 4096 / min(seconds)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Container, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from lrm_pl.planning.kernel_bytes import BYTES_FORMULAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,38 +38,6 @@ class Operation:
     accessed: float
     count: float = 1.0
     scratch: float = 0.0
-
-
-class MemoryAccess(NamedTuple):
-    """Memory traffic of one execution of an operator.
-
-    Attributes:
-        accessed: Number of bytes read and written.
-        scratch: Size in bytes of the temporary buffers inside the operator.
-    """
-
-    accessed: float
-    scratch: float = 0.0
-
-
-_BYTES_FORMULAS: dict[Any, Callable[..., MemoryAccess]] = {}
-
-
-def register_bytes_formula(op: Any) -> Callable[[Callable[..., MemoryAccess]], Callable[..., MemoryAccess]]:  # noqa: ANN401
-    """Register the decorated function as the formula for the memory traffic of an operator.
-
-    The function is called with the arguments of the operator and with ``out_val``. Without a formula, an operator is
-    counted as reading each input once and writing each output once.
-
-    Args:
-        op: The operator, such as ``torch.ops.lrm_pl.decode_along_rays``.
-    """
-
-    def register(formula: Callable[..., MemoryAccess]) -> Callable[..., MemoryAccess]:
-        _BYTES_FORMULAS[op] = formula
-        return formula
-
-    return register
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
@@ -161,8 +131,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _resize(self, key: int, size: float) -> None:
         self.allocated += size - self._sizes[key]
         self._sizes[key] = size
-        self.peak = max(self.peak, self.allocated)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.allocated + self.gradients)
+        self._update_peaks()
 
     def _drop(self, key: int) -> None:
         self.allocated -= self._sizes.pop(key)
@@ -210,65 +179,47 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Run an operator and count the operation."""
-        kwargs = kwargs or {}
-        if func._overloadpacket.__name__ in self.decomposed:
+        op, kwargs = func._overloadpacket, kwargs or {}
+        if op.__name__ in self.decomposed:
             with self:
                 return _implementation(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        inputs, results = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out)
+        )
         for tensor in results:
             self.track(tensor)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.namespace == "c10d":
-            self._count_collective(func, args, inputs)
-        elif func.namespace != "prim" and not _is_view(func):  # operators in prim only read properties
-            self._count(func, args, kwargs, out, inputs, results)
+        if op.__name__ in _COLLECTIVES:
+            group = next(
+                ProcessGroup.unbox(x)
+                for x in args
+                if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x)
+            )
+            size = float(max(x.numel() * x.element_size() for x in inputs))
+            self.collectives.append(Collective(_COLLECTIVES[op.__name__], size, group.size()))
+        # Operators in prim only read properties.
+        elif func.namespace not in ("c10d", "prim") and not _is_view(func):
+            flop_formula, formula = flop_registry.get(op), BYTES_FORMULAS.get(op)
+            flops = 0.0 if flop_formula is None else float(flop_formula(*args, **kwargs, out_val=out))
+            flops *= self._times * self.work_fractions.get(op.__name__, 1.0)
+            accessed, scratch = (
+                formula(*args, **kwargs, out_val=out) if formula else (_accessed(func, inputs, results), 0.0)
+            )
+            self.operations.append(
+                Operation(self.part, op.__name__, flops, self._times * accessed, self._times, scratch)
+            )
+            self._update_peaks(scratch)
         return out
 
-    def _count(
-        self,
-        func: Any,  # noqa: ANN401 - an operator
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        out: Any,  # noqa: ANN401
-        inputs: list[Tensor],
-        results: list[Tensor],
-    ) -> None:
-        op, times = func._overloadpacket, self._times
-        flop_formula, formula = flop_registry.get(op), _BYTES_FORMULAS.get(op)
-        flops = 0.0 if flop_formula is None else float(flop_formula(*args, **kwargs, out_val=out))
-        flops *= self.work_fractions.get(op.__name__, 1.0)
-        if formula is None:
-            access = MemoryAccess(_accessed(func, inputs, results))
-        else:
-            access = formula(*args, **kwargs, out_val=out)
-        self.operations.append(
-            Operation(self.part, op.__name__, times * flops, times * access.accessed, times, access.scratch)
-        )
-        self.peak = max(self.peak, self.allocated + access.scratch)
-        self.peak_with_gradients = max(
-            self.peak_with_gradients, self.allocated + self.gradients + access.scratch
-        )
-
-    def _count_collective(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:  # noqa: ANN401
-        name = _COLLECTIVES.get(func._overloadpacket.__name__)
-        if name is None:
-            return
-        group = next(
-            ProcessGroup.unbox(x)
-            for x in args
-            if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x)
-        )
-        self.collectives.append(
-            Collective(name, float(max(x.numel() * x.element_size() for x in tensors)), group.size())
-        )
+    def _update_peaks(self, scratch: float = 0.0) -> None:
+        self.peak = max(self.peak, self.allocated + scratch)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.allocated + self.gradients + scratch)
 
 
 def _implementation(func: Any) -> Callable[..., Any]:  # noqa: ANN401 - an operator
     """Return the Python function that implements a custom operator."""
     # This API is private (torch 2.14.1), but there is no public access to the function that custom_op decorated.
-    definition = torch._library.custom_ops.OPDEFS[func._schema.name]
-    function: Callable[..., Any] = definition._init_fn
+    function: Callable[..., Any] = torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn
     return function
 
 

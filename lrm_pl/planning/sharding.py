@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
-from lrm_pl.planning.simulate import fake_copy
+from lrm_pl.planning.simulate import copy_to
 from lrm_pl.training.parallelize import mesh_shape, shard
 
 
@@ -56,7 +56,7 @@ def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ra
             fake_process_group(rank, processes, replicas) as mesh,
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
-            network = fake_copy(lrm)
+            network = copy_to("cpu", lrm)
             shard(network, mesh, None if dtype == torch.float32 else dtype)
             for name, parameter in network.named_parameters():
                 assert isinstance(parameter, DTensor), name
@@ -64,8 +64,7 @@ def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ra
                 assert isinstance(placement, Shard), (name, placement)
                 rows, expected = parameter.shape[placement.dim], list(parameter.shape)
                 size = -(-rows // shards)
-                first = min(rows, rank % shards * size)
-                expected[placement.dim] = min(rows, first + size) - first
+                expected[placement.dim] = len(range(rows)[rank % shards * size :][:size])
                 found = list(parameter.to_local().shape)
                 if found != expected:
                     raise InputError(

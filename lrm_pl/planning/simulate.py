@@ -8,6 +8,7 @@ that hit the bounds is an input. For each object, only one chunk of rays is simu
 import contextlib
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,12 +24,10 @@ from lrm_pl.kernels.device import GpuProperties, as_accelerator
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
-from lrm_pl.planning import kernel_bytes  # noqa: F401 - registers formulas
 from lrm_pl.planning.operation_counter import Collective, Operation, OperationCounter
-from lrm_pl.rendering.deferred import Rays, render_rays
-from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.fused import SAVED_BYTES, PixelGrid, PixelRays, is_fused, render_fused
-from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.deferred import Rays
+from lrm_pl.rendering.fused import SAVED_BYTES, PixelGrid, PixelRays
+from lrm_pl.rendering.ray_marching import RayBundle
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks, shard
@@ -76,7 +75,6 @@ class StepCosts:
     """Operations and memory of one process in a training step, excluding the update by the optimizer.
 
     Attributes:
-        parameters: Number of parameters.
         trained: Number of trained parameters.
         largest: Number of elements of the largest trained tensor.
         weights: Size in bytes of the weights that this process holds.
@@ -91,7 +89,6 @@ class StepCosts:
         encoder_frozen: Whether the encoder has no backward pass.
     """
 
-    parameters: int
     trained: int
     largest: int
     weights: float
@@ -155,28 +152,36 @@ def simulate_step(
     if losses.lpips:
         losses.perceptual = _meta_perceptual_loss()
     with fake, emulate_device(shape):
-        network = fake_copy(lrm).train()
+        network = copy_to("cpu", lrm).train()
         prepare_blocks(network, dataclasses.replace(parallel, compile=False))
         if mesh is not None:
             shard(network, mesh, None if shape.dtype == torch.float32 else shape.dtype)
         if losses.perceptual is not None:
-            losses.perceptual.network = fake_copy(losses.perceptual.network)
+            losses.perceptual.network = copy_to("cpu", losses.perceptual.network)
         module = LRMModule(network, renderer, losses)
-        module.renderer = FakeRenderer(renderer, shape, counter)  # type: ignore[assignment]
+        module.renderer = fake_renderer(renderer, shape, counter)
+        network.encoder.register_forward_pre_hook(_enter(counter, "encoder"))
+        network.encoder.register_forward_hook(_enter(counter, "transformer"))
+        network.upsampler.register_forward_hook(_enter(counter, "renderer"))
         resizes = contextlib.nullcontext() if mesh is None else counter.track_resizes()
-        with counter, resizes, _record_parts(network, counter), warnings.catch_warnings():
+        with counter, resizes, warnings.catch_warnings():
             # The triplane is such a view, but it is never modified in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
             parameters = list(network.parameters())
             for parameter in parameters:
                 counter.track(_local(parameter))
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_gradient_hook(counter))  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        lambda x: counter.track_gradient(_local(x.grad))
+                    )
             weights = counter.allocated
-            other = _track_perceptual(losses, counter)
+            if losses.perceptual is not None:
+                network_of_loss = losses.perceptual.network
+                for tensor in (*network_of_loss.parameters(), *network_of_loss.buffers()):
+                    counter.track(tensor)
+            other = counter.allocated - weights
             batch = _batch(network, shape)
-            autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
-            with autocast:
+            with torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32):
                 terms = losses(module.render_targets(batch), losses.lpips_start_step)
                 loss = sum(terms.values(), start=torch.zeros(()))
             forward = {part: counter.flops(part) for part in PARTS[:-1]}
@@ -184,7 +189,6 @@ def simulate_step(
             loss.backward()
     trained = [p for p in parameters if p.requires_grad]
     return StepCosts(
-        parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         largest=max(p.numel() for p in trained),
         weights=weights,
@@ -200,14 +204,14 @@ def simulate_step(
     )
 
 
-def meta_copy(module: Module) -> Module:
-    """Copy a module to the meta device."""
-    return _copy(module, "meta")
-
-
-def fake_copy(module: Module) -> Module:
-    """Copy a module to fake CPU tensors. Call this function inside a ``FakeTensorMode``."""
-    return _copy(module, "cpu")
+def copy_to(device: str, module: Module) -> Module:
+    """Copy a module without its values, to the meta device or, inside a ``FakeTensorMode``, to fake CPU tensors."""
+    copies: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        new = torch.empty_like(tensor, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return copy.deepcopy(module, copies)
 
 
 def decomposed_operators(shape: StepShape) -> frozenset[str]:
@@ -247,108 +251,44 @@ def _batch(network: LRM, shape: StepShape) -> Batch:
     )
 
 
-def _copy(module: Module, device: str) -> Module:
-    copies: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        new = torch.empty_like(tensor, device=device)
-        copies[id(tensor)] = (
-            nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-        )
-    return copy.deepcopy(module, copies)
-
-
 def _meta_perceptual_loss() -> PerceptualLoss:
     with torch.device("meta"):
         features = torchvision.models.vgg16().features.state_dict()
     return PerceptualLoss({f"features.{name}": value for name, value in features.items()}, "vgg")
 
 
-def _track_perceptual(objective: Objective, counter: OperationCounter) -> float:
-    if objective.perceptual is None:
-        return 0.0
-    before = counter.allocated
-    for tensor in (*objective.perceptual.network.parameters(), *objective.perceptual.network.buffers()):
-        counter.track(tensor)
-    return counter.allocated - before
-
-
-def _gradient_hook(counter: OperationCounter) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        counter.track_gradient(_local(parameter.grad))
-
-    return hook
-
-
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
 
 
-@contextlib.contextmanager
-def _record_parts(network: LRM, counter: OperationCounter) -> Iterator[None]:
-    """Set the part of the counter during the forward pass. The whole backward pass is a single part."""
+def _enter(counter: OperationCounter, part: str) -> Callable[..., None]:
+    """Return a hook that sets the part of the counter, except in the backward pass, which is a single part."""
 
-    def enter(part: str) -> Callable[..., None]:
-        def set_part(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
-            if counter.part != "backward":
-                counter.part = part
+    def hook(*_: object) -> None:
+        if counter.part != "backward":
+            counter.part = part
 
-        return set_part
-
-    hooks = [
-        network.encoder.register_forward_pre_hook(enter("encoder")),
-        network.encoder.register_forward_hook(enter("transformer")),
-        network.upsampler.register_forward_hook(enter("renderer")),
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    return hook
 
 
-class FakeRenderer(nn.Module):
-    """A renderer that marches one chunk of rays per object, and counts the chunk as if it were all rays."""
-
-    def __init__(self, renderer: Renderer, shape: StepShape, counter: OperationCounter) -> None:
-        super().__init__()
-        self.renderer, self.step, self.counter = renderer, shape, counter
-
-    def forward(
-        self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
-    ) -> Rendering:
-        """Render as ``Renderer.forward`` does."""
-        self.counter.part = "renderer"
-        shape = (*c2w.shape[:2], *size)
-        max_rays = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)
-        noise = None if jitter is None else jitter.flatten(1)
-        ray_bundle = self.renderer.rays(c2w, fxfycxcy, size)
-        if is_fused(field, c2w.device):
-            grid = PixelGrid(
-                c2w.shape[1] * size[0], size[1], self.renderer.march.samples, self.renderer.chunk
-            )
-            pixels = _OneChunkOfPixels(ray_bundle, noise, grid, self.step, self.counter)
-            flat = render_fused(field, pixels, self.renderer.march)
-        else:
-            rays = _OneChunk(ray_bundle, noise, max_rays, self.step, self.counter)
-            flat = render_rays(field, rays, self.renderer.march)
-        self.counter.part = "losses"
-        return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
+def fake_renderer(renderer: Renderer, shape: StepShape, counter: OperationCounter) -> Renderer:
+    """Return a renderer that marches one chunk of rays per object, and counts the chunk as if it were all rays."""
+    fake = copy.deepcopy(renderer)
+    fake.ray_chunks = functools.partial(_OneChunk, shape, counter)
+    fake.pixel_rays = functools.partial(_OneChunkOfPixels, shape, counter)
+    fake.register_forward_hook(_enter(counter, "losses"))
+    return fake
 
 
 class _OneChunk(Rays):
     """Rays of which a given fraction hits the bounds. Only one chunk of these rays is marched."""
 
     def __init__(
-        self,
-        rays: tuple[Tensor, Tensor, Tensor, Tensor],
-        jitter: Tensor | None,
-        rays_per_chunk: int,
-        step: StepShape,
-        counter: OperationCounter,
+        self, step: StepShape, counter: OperationCounter, bundle: RayBundle, max_points: int, samples: int
     ) -> None:
-        self.origins, self.directions, self.near, self.far = rays
-        self.jitter, self.threads, self.counter = jitter, step.threads, counter
-        hit = step.hits * self.near.shape[1]
-        self.marched = max(1, min(rays_per_chunk, round(hit / step.threads)))
+        self.bundle, self.threads, self.counter = bundle, step.threads, counter
+        hit = step.hits * bundle.near.shape[1]
+        self.marched = max(1, min(max_points // samples, round(hit / step.threads)))
         self.times = hit / self.marched
 
     def for_each_chunk(
@@ -356,7 +296,7 @@ class _OneChunk(Rays):
     ) -> None:
         """March one chunk per object on every thread, and count it as all chunks."""
         chunk = torch.empty(self.marched, dtype=torch.int64)
-        for index in range(self.near.shape[0]):
+        for index in range(len(self.bundle.near)):
             for thread in range(self.threads):
                 with self.counter.repeated(self.times / self.threads, self.threads):
                     work(thread, index, chunk)
@@ -370,14 +310,9 @@ class _OneChunkOfPixels(PixelRays):
     """
 
     def __init__(
-        self,
-        rays: tuple[Tensor, Tensor, Tensor, Tensor],
-        jitter: Tensor | None,
-        grid: PixelGrid,
-        step: StepShape,
-        counter: OperationCounter,
+        self, step: StepShape, counter: OperationCounter, bundle: RayBundle, grid: PixelGrid
     ) -> None:
-        super().__init__(*rays, jitter, grid)
+        super().__init__(bundle, grid)
         self.counter, self.marched = counter, min(grid.chunk_rows, grid.rows)
         self.times = grid.rows / self.marched
         counter.work_fractions = dict.fromkeys(("decode_along_rays", "decode_along_rays_backward"), step.hits)

@@ -19,7 +19,7 @@ as are launch overheads of 4 us without autograd and of 10 us with autograd and 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lrm_pl.planning.gpus import Gpu
 from lrm_pl.planning.operation_counter import Collective
@@ -165,10 +165,10 @@ def estimate_strategies(
     temporary = 0.0 if fused else 1.0
     if n == 1:
         single = estimate_single_process(whole, accumulate, CUDA_CONTEXT, 1.0, temporary * trained)
-        compute = _range(
-            lambda efficiency: _compute(whole, trained, hardware.gpu, accumulate, efficiency, fused=fused)
+        fast, slow = (
+            _compute(whole, trained, hardware.gpu, accumulate, x, fused=fused) for x in (FAST, SLOW)
         )
-        return [dataclasses.replace(single, peak=_with_slack(single.peak), compute=compute)]
+        return [dataclasses.replace(single, peak=_with_slack(single.peak), compute=(fast, slow))]
     weights, activations = whole.weights + whole.frozen_other, whole.activations
     all_reduce, reduce_scatter, all_gather = (
         Collective(op, trained, n) for op in ("all_reduce", "reduce_scatter", "all_gather")
@@ -236,10 +236,6 @@ def _times(
     reducing = sum(_seconds(x, hardware, efficiency) for x in collectives if x.op != "all_gather")
     elsewhere = compute - min(reducing, backward) if per_batch else 0.0
     return compute, max(0.0, reducing - backward) + max(0.0, gathering - elsewhere)
-
-
-def _range(seconds: Callable[[Efficiency], float]) -> tuple[float, float]:
-    return seconds(FAST), seconds(SLOW)
 
 
 def _with_slack(peak: float) -> float:

@@ -12,67 +12,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.kernels.device import num_threads
 from lrm_pl.kernels.threads import run_threads
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import RayMarching, march_rays
+from lrm_pl.rendering.ray_marching import RayBundle, RayMarching, march_rays
 
 
-def render_deferred(
-    field: Field,
-    origins: Float[Tensor, "B R 3"],
-    directions: Float[Tensor, "B R 3"],
-    near: Float[Tensor, "B R"],
-    far: Float[Tensor, "B R"],
-    jitter: Float[Tensor, "B R"] | None,
-    march: RayMarching,
-    chunk: int,
-) -> Rendering:
+def render_deferred(field: Field, rays: "Rays", march: RayMarching) -> Rendering:
     """Render rays through the field of each object.
 
     Args:
         field: Fields of B objects.
-        origins: Ray origins. Row b contains the rays of all views of object b.
-        directions: Unit directions of the rays.
-        near: Distance at which the interval of each ray starts.
-        far: Distance at which the interval of each ray ends. Rays with far <= near are empty and are not evaluated.
-        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
+        rays: Rays of B objects.
         march: Ray marching settings.
-        chunk: Maximum number of points decoded at a time.
 
     Returns:
         Pixels of shape (B, R). They are differentiable with respect to the planes and weights of the field, but not
         the rays.
     """
-    return render_rays(
-        field, Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples)), march
-    )
-
-
-def render_rays(field: Field, rays: "Rays", march: RayMarching) -> Rendering:
-    """Render rays that are already divided into chunks (see ``render_deferred``)."""
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
 
-def render_plain(
-    field: Field,
-    origins: Float[Tensor, "B R 3"],
-    directions: Float[Tensor, "B R 3"],
-    near: Float[Tensor, "B R"],
-    far: Float[Tensor, "B R"],
-    jitter: Float[Tensor, "B R"] | None,
-    march: RayMarching,
-) -> Rendering:
+def render_plain(field: Field, rays: RayBundle, march: RayMarching) -> Rendering:
     """Render with one ordinary autograd graph, as the reference implementation of ``render_deferred``."""
+    near, far = rays.near, rays.far
     objects = []
-    for index in range(origins.shape[0]):
+    for index in range(len(near)):
         hit = far[index] > near[index]
-        start, along = origins[index, hit].unsqueeze(-2), directions[index, hit].unsqueeze(-2)
+        start, along = rays.origins[index, hit].unsqueeze(-2), rays.directions[index, hit].unsqueeze(-2)
 
         def evaluate(
             t: Tensor, index: int = index, start: Tensor = start, along: Tensor = along
@@ -81,9 +52,9 @@ def render_plain(
             raw, rgb = field.decode(features, field.weights)
             return raw.view(t.shape), rgb.view(*t.shape, 3)
 
-        noise = None if jitter is None else jitter[index, hit]
+        noise = None if rays.jitter is None else rays.jitter[index, hit]
         pixels = march_rays(march, near[index, hit], far[index, hit], noise, evaluate, field.activate)
-        empty = Rendering(*(near.new_zeros(size) for size in ((*hit.shape, 3), hit.shape, hit.shape)))
+        empty = Rendering.zeros(hit.shape, near)
         objects.append(
             [a.index_put((hit,), b) for a, b in zip(vars(empty).values(), vars(pixels).values(), strict=True)]
         )
@@ -91,22 +62,20 @@ def render_plain(
 
 
 class Rays:
-    """Rays of B objects, divided into chunks that fit in the cache."""
+    """Rays of B objects, divided into chunks that fit in the cache.
 
-    def __init__(
-        self,
-        origins: Tensor,
-        directions: Tensor,
-        near: Tensor,
-        far: Tensor,
-        jitter: Tensor | None,
-        rays_per_chunk: int,
-    ) -> None:
-        self.origins, self.directions, self.near, self.far = origins, directions, near, far
-        self.jitter = jitter
+    Args:
+        bundle: The rays.
+        max_points: Maximum number of points decoded at a time.
+        samples: Number of samples per ray.
+    """
+
+    def __init__(self, bundle: RayBundle, max_points: int, samples: int) -> None:
+        self.bundle = bundle
         # On a CPU, each thread processes whole chunks because their tensors are too small for intra-op parallelism.
-        self.threads = num_threads(near.device)
-        self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
+        self.threads = num_threads(bundle.near.device)
+        max_rays = max(1, max_points // samples)
+        self.chunks = [self._split(row.nonzero().squeeze(-1), max_rays) for row in bundle.far > bundle.near]
 
     def _split(self, rays: Tensor, max_rays: int) -> tuple[Tensor, ...]:
         """Split ray indices into equal chunks of at most ``max_rays`` rays.
@@ -119,8 +88,7 @@ class Rays:
     def points(self, index: int, rays: Tensor, t: Tensor) -> Tensor:
         """Return the points (r k, 3) at distances ``t`` (r, k) along rays of an object."""
         origins, directions = (
-            self.origins[index, rays].unsqueeze(-2),
-            self.directions[index, rays].unsqueeze(-2),
+            x[index, rays].unsqueeze(-2) for x in (self.bundle.origins, self.bundle.directions)
         )
         return torch.addcmul(origins, directions, t.unsqueeze(-1)).view(-1, 3)
 
@@ -146,8 +114,9 @@ class Rays:
             raw, rgb = decode(self.points(index, rays, t))
             return raw.view(t.shape), rgb.view(*t.shape, 3)
 
-        jitter = None if self.jitter is None else self.jitter[index, rays]
-        return march_rays(march, self.near[index, rays], self.far[index, rays], jitter, evaluate, activate)
+        near, far, jitter = self.bundle.near, self.bundle.far, self.bundle.jitter
+        noise = None if jitter is None else jitter[index, rays]
+        return march_rays(march, near[index, rays], far[index, rays], noise, evaluate, activate)
 
     def for_each_chunk(
         self,
@@ -160,25 +129,17 @@ class Rays:
         all objects because the calling thread would otherwise start parallel operations between objects, after which
         idle OpenMP threads spin and occupy the cores.
         """
+        autocast = autocast_state(self.bundle.near.device.type)  # thread-local
 
         def run(thread: int) -> None:
-            for index, chunks in enumerate(self.chunks):
-                for rays in chunks[thread :: self.threads]:
-                    if len(rays):
-                        work(thread, index, rays)
-                finish(thread, index)
+            with autocast():
+                for index, chunks in enumerate(self.chunks):
+                    for rays in chunks[thread :: self.threads]:
+                        if len(rays):
+                            work(thread, index, rays)
+                    finish(thread, index)
 
-        if self.threads == 1:
-            run(0)
-            return
-
-        def run_alone(thread: int) -> None:
-            with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
-                run(thread)
-
-        # Autocast, gradient and inference modes are thread-local, so each thread has to set the modes of the caller.
-        autocast, inference = autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
-        run_threads(self.threads, run_alone)
+        run_threads(self.threads, run)
 
 
 class _PlaneGradients:
@@ -231,19 +192,16 @@ class _Deferred(torch.autograd.Function):
         ctx.field, ctx.rays, ctx.march = field, rays, march
         ctx.save_for_backward(planes, *weights)
         ctx.autocast = autocast_state(planes.device.type)
-        shape = rays.near.shape
-        rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
+        out = Rendering.zeros(rays.bundle.near.shape, planes)
 
         def render(_: int, index: int, numbers: Tensor) -> None:
             def decode(points: Tensor) -> tuple[Tensor, Tensor]:
                 return field.decode(field.sample(planes[index], points), weights)
 
-            pixels = rays.march(march, index, numbers, decode, field.activate)
-            rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
-            depth[index, numbers] = pixels.depth
+            out[index, numbers] = rays.march(march, index, numbers, decode, field.activate)
 
         rays.for_each_chunk(render)
-        return rgb, opacity, depth
+        return out.rgb, out.opacity, out.depth
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -278,19 +236,17 @@ class _Deferred(torch.autograd.Function):
 
         with ctx.autocast():
             rays.for_each_chunk(differentiate, plane_sums.finish)
-        return (
-            None,
-            None,
-            None,
-            plane_grad,
-            *(sum(parts[1:], start=parts[0]) for parts in zip(*weight_grads, strict=True)),
-        )
+        sums = (sum(parts[1:], start=parts[0]) for parts in zip(*weight_grads, strict=True))
+        return (None, None, None, plane_grad, *sums)
 
 
 def autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """Return a function that creates contexts with the current autocast state.
 
-    The contexts restore the state in the backward pass and in other threads.
+    The contexts restore the state in the backward pass and in other threads. They do not cache converted weights,
+    because all threads share one cache, and the order in which gradients are added would depend on the timing.
     """
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, enabled=True) if enabled else contextlib.nullcontext()
+    if not enabled:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device, dtype, cache_enabled=False)

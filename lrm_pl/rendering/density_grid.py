@@ -71,8 +71,8 @@ def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Flo
     """Return the densities of one object at points."""
     density = points.new_empty(len(points))
 
-    def work(start: int, chunk: Tensor) -> None:
-        density[start : start + len(chunk)] = field.activate(_decode(field, index, chunk)[0])
+    def work(chunk: slice) -> None:
+        density[chunk] = field.activate(_decode(field, index, points[chunk])[0])
 
     _for_each_chunk(points, work)
     return density
@@ -82,8 +82,8 @@ def query_color(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float
     """Return the colors of one object at points."""
     color = torch.empty_like(points)
 
-    def work(start: int, chunk: Tensor) -> None:
-        color[start : start + len(chunk)] = _decode(field, index, chunk)[1]
+    def work(chunk: slice) -> None:
+        color[chunk] = _decode(field, index, points[chunk])[1]
 
     _for_each_chunk(points, work)
     return color
@@ -116,22 +116,16 @@ def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:
     return field.decode(field.sample(field.planes[index], points), field.weights)
 
 
-def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None:
-    """Call ``work(start, chunk)`` for chunks of points that fit in the cache, distributed over threads on a CPU."""
+def _for_each_chunk(points: Tensor, work: Callable[[slice], None]) -> None:
+    """Call ``work`` for chunks of points that fit in the cache, distributed over threads on a CPU."""
     size = points_per_chunk(points.device)
-    chunks = [(start, points[start : start + size]) for start in range(0, len(points), size)]
-    threads = min(num_threads(points.device), len(chunks))
-    if threads <= 1:
-        with torch.no_grad():
-            for start, chunk in chunks:
-                work(start, chunk)
-        return
-    # Autocast and inference modes are thread-local, so each thread has to set the modes of the caller.
-    autocast, inference = autocast_state(points.device.type), torch.is_inference_mode_enabled()
+    chunks = [slice(start, start + size) for start in range(0, len(points), size)]
+    threads = max(1, min(num_threads(points.device), len(chunks)))
+    autocast = autocast_state(points.device.type)
 
     def run(thread: int) -> None:
-        with autocast(), torch.inference_mode(inference), torch.no_grad():
-            for start, chunk in chunks[thread::threads]:
-                work(start, chunk)
+        with autocast():
+            for chunk in chunks[thread::threads]:
+                work(chunk)
 
     run_threads(threads, run)

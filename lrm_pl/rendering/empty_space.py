@@ -20,7 +20,7 @@ from lrm_pl.rendering.deferred import Rays
 from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import RayMarching, quadrature_intervals
+from lrm_pl.rendering.ray_marching import RayBundle, RayMarching, quadrature_intervals
 from lrm_pl.rendering.sampling import sample_stratified
 
 #: Maximum invisible density. Over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
@@ -94,10 +94,7 @@ def measure_occupancy(
 def render_skipping(
     field: Field,
     occupancies: Sequence[Occupancy],
-    origins: Float[Tensor, "B R 3"],
-    directions: Float[Tensor, "B R 3"],
-    near: Float[Tensor, "B R"],
-    far: Float[Tensor, "B R"],
+    bundle: RayBundle,
     march: RayMarching,
     chunk: int,
 ) -> Rendering:
@@ -106,18 +103,14 @@ def render_skipping(
     Args:
         field: Fields of B objects.
         occupancies: Occupancy grid of each object.
-        origins: Ray origins.
-        directions: Unit directions of the rays.
-        near: Distance at which the interval of each ray starts.
-        far: Distance at which the interval of each ray ends.
+        bundle: Rays of B objects.
         march: Ray marching settings.
         chunk: Maximum number of points processed at a time.
     """
     in_segments = not march.importance and march.quadrature == "bins"
     samples = min(_SEGMENT, march.samples) if in_segments else march.samples
-    rays = Rays(origins, directions, near, far, None, max(1, chunk // samples))
-    planes, shape = field.planes, near.shape
-    rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
+    rays, planes = Rays(bundle, chunk, samples), field.planes
+    out = Rendering.zeros(bundle.near.shape, planes)
 
     def render(_: int, index: int, numbers: Tensor) -> None:
         def decode(points: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,14 +120,12 @@ def render_skipping(
             return all_raw, color.new_zeros(len(points), 3).index_copy(0, inside, color)
 
         if in_segments:
-            pixels = _march_in_segments(rays, march, index, numbers, decode, field.activate)
+            out[index, numbers] = _march_in_segments(rays, march, index, numbers, decode, field.activate)
         else:
-            pixels = rays.march(march, index, numbers, decode, field.activate)
-        rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
-        depth[index, numbers] = pixels.depth
+            out[index, numbers] = rays.march(march, index, numbers, decode, field.activate)
 
     rays.for_each_chunk(render)
-    return Rendering(rgb, opacity, depth)
+    return out
 
 
 def _march_in_segments(
@@ -150,7 +141,7 @@ def _march_in_segments(
     On a CPU, terminated rays are removed. On an accelerator, their points are masked because removing rays would
     synchronize with the device.
     """
-    near, far = rays.near[index, numbers], rays.far[index, numbers]
+    near, far = rays.bundle.near[index, numbers], rays.bundle.far[index, numbers]
     t, _ = sample_stratified(near, far, march.samples, None)
     rgb, opacity, weighted_t = near.new_zeros(len(near), 3), torch.zeros_like(near), torch.zeros_like(near)
     active, masks_ended_rays = torch.arange(len(near), device=near.device), not on_cpu(near)

@@ -29,7 +29,7 @@ from lrm_pl.kernels.triplane import Axes, Reduce
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import Evaluate, RayMarching, march_rays
+from lrm_pl.rendering.ray_marching import Evaluate, RayBundle, RayMarching, march_rays
 
 logger = logging.getLogger(__name__)
 
@@ -121,27 +121,15 @@ class PixelRays:
     """Rays of B objects on grids of pixels, divided into chunks of rows.
 
     Args:
-        origins: Ray origins, row by row.
-        directions: Unit directions of the rays.
-        near: Distance at which the interval of each ray starts.
-        far: Distance at which the interval of each ray ends. Rays with far <= near are empty and are not evaluated.
-        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
+        bundle: Rays in the order of the pixels, row by row.
         grid: Layout of the R = N W rays.
     """
 
-    def __init__(
-        self,
-        origins: Float[Tensor, "B R 3"],
-        directions: Float[Tensor, "B R 3"],
-        near: Float[Tensor, "B R"],
-        far: Float[Tensor, "B R"],
-        jitter: Float[Tensor, "B R"] | None,
-        grid: PixelGrid,
-    ) -> None:
-        size = grid.rows, grid.columns
-        self.origins, self.directions = (x.view(len(x), *size, 3) for x in (origins, directions))
-        near, far = (x.view(len(x), *size) for x in (near, far))
-        self.jitter = None if jitter is None else jitter.view(len(jitter), *size)
+    def __init__(self, bundle: RayBundle, grid: PixelGrid) -> None:
+        size = len(bundle.near), grid.rows, grid.columns
+        self.origins, self.directions = (x.view(*size, 3) for x in (bundle.origins, bundle.directions))
+        near, far = bundle.near.view(size), bundle.far.view(size)
+        self.jitter = None if bundle.jitter is None else bundle.jitter.view(size)
         self.alive, self.grid = far > near, grid
         # If a ray misses the bounds, near and far can both be infinite, and their difference would be NaN.
         self.near, self.far = near.where(self.alive, 0), far.where(self.alive, 0)
@@ -169,11 +157,9 @@ class PixelRays:
             evaluate: Function that evaluates the field at distances (N W, K) along the rays.
             activate: Function from raw densities to densities.
         """
-        near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
+        near, far = self.near[index, rows], self.far[index, rows].flatten()
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
-        pixels = march_rays(march, near, far, jitter, evaluate, activate)
-        shape = self.near[index, rows].shape
-        return Rendering(pixels.rgb.view(*shape, 3), pixels.opacity.view(shape), pixels.depth.view(shape))
+        return march_rays(march, near.flatten(), far, jitter, evaluate, activate).view(near.shape)
 
     def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the origins, directions, distances and alive mask that ``decode_along_rays`` expects."""
@@ -209,8 +195,7 @@ class _Fused(torch.autograd.Function):
         ctx.autocast, ctx.dtype = autocast_state(planes.device.type), _compute_dtype(planes.device)
         ctx.saved = {}
         mlp, budget = pack(weights, ctx.dtype), SAVED_BYTES if saves else 0
-        shape = rays.near.shape
-        rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
+        out = Rendering.zeros(rays.near.shape, planes)
 
         def render(index: int, rows: slice) -> None:
             nonlocal budget
@@ -221,18 +206,13 @@ class _Fused(torch.autograd.Function):
                 decoded.append(_decode(field, rays, index, rows, texels, mlp, t))
                 return _split(field, decoded[-1], t)
 
-            pixels = rays.march(march, index, rows, evaluate, field.activate)
-            rgb[index, rows], opacity[index, rows], depth[index, rows] = (
-                pixels.rgb,
-                pixels.opacity,
-                pixels.depth,
-            )
+            out[index, rows] = rays.march(march, index, rows, evaluate, field.activate)
             budget -= sum(y.nbytes for y in decoded)
             if budget >= 0:
                 ctx.saved[index, rows.start] = decoded
 
         rays.for_each_chunk(render)
-        return rgb, opacity, depth
+        return out.rgb, out.opacity, out.depth
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401

@@ -1,6 +1,8 @@
 """Output of the renderer."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +21,19 @@ class Rendering:
     rgb: Float[Tensor, "*rays 3"]
     opacity: Float[Tensor, "*rays"]
     depth: Float[Tensor, "*rays"]
+
+    @classmethod
+    def zeros(cls, shape: Sequence[int], like: Tensor) -> Self:
+        """Return empty pixels of shape (*shape) with the device and dtype of a tensor."""
+        return cls(*(like.new_zeros(size) for size in ((*shape, 3), shape, shape)))
+
+    def __setitem__(self, index: Any, pixels: "Rendering") -> None:  # noqa: ANN401 - an index of a tensor
+        """Assign pixels in place."""
+        self.rgb[index], self.opacity[index], self.depth[index] = pixels.rgb, pixels.opacity, pixels.depth
+
+    def view(self, shape: Sequence[int]) -> "Rendering":
+        """Return the pixels with a different shape (*shape)."""
+        return Rendering(self.rgb.view(*shape, 3), self.opacity.view(*shape), self.depth.view(*shape))
 
     def over(self, background: Float[Tensor, "*#rays 3"]) -> Float[Tensor, "*rays 3"]:
         """Composite the pixels over a background color."""

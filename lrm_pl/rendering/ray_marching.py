@@ -55,6 +55,25 @@ class RayMarching:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class RayBundle:
+    """Rays of B objects.
+
+    Attributes:
+        origins: Ray origins. Row b contains the rays of all views of object b.
+        directions: Unit directions of the rays.
+        near: Distance at which the interval of each ray starts.
+        far: Distance at which the interval of each ray ends. Rays with far <= near are empty and are not evaluated.
+        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
+    """
+
+    origins: Float[Tensor, "B R 3"]
+    directions: Float[Tensor, "B R 3"]
+    near: Float[Tensor, "B R"]
+    far: Float[Tensor, "B R"]
+    jitter: Float[Tensor, "B R"] | None = None
+
+
 #: Function from distances t (r, k) along rays to raw densities (r, k) and colors (r, k, 3).
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 Activate = Callable[[Tensor], Tensor]

@@ -1,6 +1,6 @@
 """The volume renderer, which maps fields and cameras to images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.kernels.device import points_per_chunk
-from lrm_pl.rendering.deferred import render_deferred
+from lrm_pl.rendering.deferred import Rays, render_deferred
 from lrm_pl.rendering.empty_space import Occupancy, render_skipping
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.fused import PixelGrid, PixelRays, is_fused, render_fused
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import LengthUnit, Quadrature, RayMarching
+from lrm_pl.rendering.ray_marching import LengthUnit, Quadrature, RayBundle, RayMarching
 
 
 @final
@@ -47,6 +47,9 @@ class Renderer(nn.Module):
             raise InputError(expected="a positive chunk", found=chunk)
         self.march = RayMarching(samples_per_ray, importance_samples, quadrature, unit)
         self.bounds, self.chunk = bounds, chunk
+        #: Functions that divide rays into chunks, which the simulation of a step replaces.
+        self.ray_chunks: Callable[[RayBundle, int, int], Rays] = Rays
+        self.pixel_rays: Callable[[RayBundle, PixelGrid], PixelRays] = PixelRays
 
     def forward(
         self,
@@ -68,14 +71,12 @@ class Renderer(nn.Module):
         Returns:
             Pixels of shape (B, V, H, W).
         """
-        rays = self.rays(c2w, fxfycxcy, size)
-        noise = None if jitter is None else jitter.float().flatten(1)
-        shape = (*c2w.shape[:2], *size)
-        if not is_fused(field, c2w.device):
-            chunk = self.chunk_on(c2w.device)
-            return _unflattened(render_deferred(field, *rays, noise, self.march, chunk), shape)
-        grid = PixelGrid(c2w.shape[1] * size[0], size[1], self.march.samples, self.chunk)
-        return _unflattened(render_fused(field, PixelRays(*rays, noise, grid), self.march), shape)
+        rays, shape = self.rays(c2w, fxfycxcy, size, jitter), (*c2w.shape[:2], *size)
+        if is_fused(field, c2w.device):
+            grid = PixelGrid(c2w.shape[1] * size[0], size[1], self.march.samples, self.chunk)
+            return render_fused(field, self.pixel_rays(rays, grid), self.march).view(shape)
+        chunks = self.ray_chunks(rays, self.chunk_on(c2w.device), self.march.samples)
+        return render_deferred(field, chunks, self.march).view(shape)
 
     def draw(
         self,
@@ -100,26 +101,21 @@ class Renderer(nn.Module):
             Pixels of shape (B, V, H, W).
         """
         rays = self.rays(c2w, fxfycxcy, size)
-        flat = render_skipping(field, occupancies, *rays, self.march, self.chunk_on(c2w.device))
-        return _unflattened(flat, (*c2w.shape[:2], *size))
+        flat = render_skipping(field, occupancies, rays, self.march, self.chunk_on(c2w.device))
+        return flat.view((*c2w.shape[:2], *size))
 
     def chunk_on(self, device: torch.device) -> int:
         """Return the maximum number of points decoded at a time on a device."""
         return self.chunk or points_per_chunk(device)
 
     def rays(
-        self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rays through all pixels of all views.
-
-        Returns:
-            Origins and directions of shape (B, R, 3), and near and far of shape (B, R).
-        """
+        self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
+    ) -> RayBundle:
+        """Return the rays through all pixels of all views. The arguments are the same as in ``forward``."""
         with torch.autocast(c2w.device.type, enabled=False):
             origins, directions = pixel_rays(c2w.float(), fxfycxcy.float(), *size)
             near, far = ray_interval(origins, directions, self.bounds)
-        return origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1)
-
-
-def _unflattened(flat: Rendering, shape: tuple[int, ...]) -> Rendering:
-    return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
+        noise = None if jitter is None else jitter.float().flatten(1)
+        return RayBundle(
+            origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1), noise
+        )

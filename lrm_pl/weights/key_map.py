@@ -4,6 +4,7 @@ Every key in a file must be mapped or known to be unused. The mappings are defin
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +12,26 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrm_pl.errors import InputError
+from lrm_pl.errors import counted
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.models.lrm import LRM
 from lrm_pl.weights.resolve import WeightsError
 
 #: Allowed dtypes of source tensors.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: Maps regular expressions for target keys to templates of source keys. The first match applies. The tensors of several
+#: source keys are concatenated along the first dimension.
+Rules = dict[str, tuple[str, ...]]
 
-class ConversionError(InputError):
+#: Rules for files that have the key names of the network.
+SAME_KEYS: Rules = {r"(.+)": (r"\1",)}
+
+
+class ConversionError(WeightsError):
     """Exception that is raised if weights do not match the architecture."""
 
 
@@ -34,19 +45,18 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
     Raises:
         WeightsError: The file is damaged, does not contain a mapping, or contains code.
     """
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
+        raise WeightsError(
+            subject=name,
+            expected=f"{path} to end in .safetensors, .pth, .pt, .ckpt or .bin",
+            found=f"{path.suffix!r}",
+            remedy="use the weight file as published",
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise WeightsError(
-                subject=name,
-                expected=f"{path} to end in .safetensors, .pth, .pt, .ckpt or .bin",
-                found=f"{path.suffix!r}",
-                remedy="give the weight file as published",
-            )
-    except (WeightsError, OSError):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
         raise
     except Exception as error:  # the readers raise many types of errors for damaged files
         # Only the first sentence is used because the other sentences recommend running the code in the file.
@@ -55,14 +65,14 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
             subject=name,
             expected=f"tensors by name in {path}",
             found=f"an unreadable file ({type(error).__name__}: {reason})",
-            remedy="download the file again; no code in it was run",
+            remedy="download the file again; code in the file was not executed",
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
             subject=name,
             expected=f"tensors by name in {path}",
             found=type(content).__name__,
-            remedy="save the network's state_dict()",
+            remedy="save the state_dict() of the network",
         )
     return content
 
@@ -121,10 +131,10 @@ class Conversion:
 class KeyMapper:
     """Mapping of a source state dict, key by key.
 
-    Missing, unexpected and invalid tensors are collected, and ``finish`` raises an error that lists all of them.
+    Missing, unexpected and invalid tensors are collected, and ``map`` raises an error that lists all of them.
 
     Args:
-        source: Name of the source project, for messages.
+        source: Name of the source project or file, for messages.
         state: Source state dict.
 
     Raises:
@@ -145,7 +155,7 @@ class KeyMapper:
                     subject=source,
                     expected="floating-point tensors by name",
                     found=f"{key!r}: {type(value).__name__}",
-                    remedy="give the network's plain state dict",
+                    remedy="save the state_dict() of the network",
                 )
 
     def shape_of(self, key: str, dimensions: int) -> tuple[int, ...]:
@@ -162,13 +172,13 @@ class KeyMapper:
             raise ConversionError(
                 subject=self.source,
                 expected=f"the key {key!r}",
-                found=_first_keys(list(self.state)),
+                found=", ".join(map(repr, list(self.state)[:5])) or "no keys",
                 remedy="check that the file is of this network, and that the weights are not inside another dict",
             )
         shape = tuple(self.state[key].shape)
         if len(shape) != dimensions:
             raise ConversionError(
-                subject=self.source, expected=f"{key} of {dimensions} dimensions", found=shape
+                subject=self.source, expected=f"{key} with {dimensions} dimensions", found=shape
             )
         return shape
 
@@ -179,10 +189,7 @@ class KeyMapper:
             pattern: Format string that returns a key of a layer when formatted with the index of the layer.
             step: Difference between the indices of consecutive layers. The first index is 0.
         """
-        number = 0
-        while pattern.format(step * number) in self.state:
-            number += 1
-        return number
+        return next(n for n in itertools.count() if pattern.format(step * n) not in self.state)
 
     @property
     def is_valid(self) -> bool:
@@ -215,103 +222,82 @@ class KeyMapper:
         self.weights[target] = value.contiguous() if self.is_valid else value
         self.report.append(KeyRecord(sources, target, tuple(value.shape), change))
 
-    def copy(self, source: str, target: str, shape: tuple[int, ...]) -> None:
-        """Copy a tensor of the given shape."""
-        self.put(target, self.take(source, shape), (source,), "")
-
-    def linear(self, source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> None:
-        """Copy the weight and, unless ``bias`` is False, the bias of a linear layer."""
-        self.copy(f"{source}.weight", f"{target}.weight", (rows, columns))
-        if bias:
-            self.copy(f"{source}.bias", f"{target}.bias", (rows,))
-
-    def decoder(self, source: str, channels: int, width: int, layers: int) -> None:
-        """Copy the NeRF MLP, which is a sequence of alternating linear layers and activations.
-
-        Args:
-            source: Prefix of the source keys.
-            channels: Number of channels of each plane.
-            width: Number of channels of the hidden layers.
-            layers: Number of linear layers.
-        """
-        sizes = [3 * channels, *[width] * (layers - 1), 4]
-        for number in range(layers):
-            self.linear(
-                f"{source}.{2 * number}", f"decoder.layers.{number}", sizes[number + 1], sizes[number]
-            )
-
-    def norm(self, source: str, target: str, size: int) -> None:
-        """Copy the weight and the bias of a normalization layer."""
-        self.copy(f"{source}.weight", f"{target}.weight", (size,))
-        self.copy(f"{source}.bias", f"{target}.bias", (size,))
-
-    def concatenate(self, sources: tuple[str, ...], target: str, shape: tuple[int, ...]) -> None:
-        """Concatenate tensors of the same shape along the first dimension."""
-        parts = [self.take(key, shape) for key in sources]
-        value = torch.cat(parts) if self.is_valid else parts[0].expand(shape)
-        self.put(target, value, sources, "concatenated")
-
-    def ignore(self, key: str, reason: str) -> None:
-        """Mark a key as unused if it exists."""
-        if key in self._unused:
+    def ignore(self, prefix: str, reason: str) -> None:
+        """Mark the keys with a given prefix as unused."""
+        for key in [key for key in self._unused if key.startswith(prefix)]:
             del self._unused[key]
             self.report.append(KeyRecord((key,), "", tuple(self.state[key].shape), reason))
 
-    def finish(self) -> None:
-        """Check that all required tensors were found and all source keys were used.
+    def map(self, network: nn.Module, rules: Rules) -> None:
+        """Set all tensors of a network that have not been set yet, and check that all source keys are used.
+
+        Args:
+            network: The network, which may be on the meta device.
+            rules: Rules for the keys of the network.
 
         Raises:
             ConversionError: A tensor is missing, unexpected or invalid. The message lists all problems.
         """
-        problems = self._problems + [
-            f"{key} {tuple(self.state[key].shape)} is unexpected" for key in self._unused
-        ]
-        if problems:
-            lines = "\n  ".join(problems)
+        for target, parameter in network.state_dict().items():
+            if target not in self.weights:
+                self._apply_rule(target, tuple(parameter.shape), rules)
+        self._problems += [f"{key} {tuple(self.state[key].shape)} is unexpected" for key in self._unused]
+        if self._problems:
             raise ConversionError(
-                f"{self.source}: the file does not contain exactly the weights of this network; {len(problems)} "
-                f"differences:\n  {lines}\nNothing was written. Give the weights of this network."
+                subject=self.source,
+                expected="exactly the weights of this network",
+                found="\n  ".join([f"{counted(len(self._problems), 'difference')}:", *self._problems]),
+                remedy="use a weight file of this network",
             )
 
+    def _apply_rule(self, target: str, shape: tuple[int, ...], rules: Rules) -> None:
+        matches = ((re.fullmatch(pattern, target), templates) for pattern, templates in rules.items())
+        sources = next(tuple(map(match.expand, templates)) for match, templates in matches if match)
+        parts = [self.take(key, (shape[0] // len(sources), *shape[1:])) for key in sources]
+        if len(sources) == 1:
+            self.put(target, parts[0], sources, "")
+        else:
+            self.put(target, torch.cat(parts) if self.is_valid else parts[0], sources, "concatenated")
 
-def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tuple[int, int]:
-    """Return the number of patches per side of the stored position embeddings and of the image.
+
+def meta_network(lrm: Mapping[str, Any]) -> LRM:
+    """Build a network on the meta device.
 
     Args:
-        positions: Number of position embeddings, including the position embedding of the class token.
-        image_size: Side length of the image in pixels.
-        patch: Side length of a patch in pixels.
+        lrm: Arguments of ``LRM``, with dictionaries of arguments for the encoder and the decoder.
+
+    Raises:
+        InputError: The arguments are inconsistent.
+    """
+    with torch.device("meta"):
+        parts = {"encoder": ImageEncoder(**lrm["encoder"]), "decoder": NeRFDecoder(**lrm["decoder"])}
+        return LRM(**{**lrm, **parts})
+
+
+def decoder_rules(source: str, layers: int) -> Rules:
+    """Return the rules for a NeRF MLP, which is a sequence of alternating linear layers and activations.
+
+    Args:
+        source: Prefix of the source keys.
+        layers: Number of linear layers.
+    """
+    return {rf"decoder\.layers\.{n}\.(.+)": (rf"{source}.{2 * n}.\1",) for n in range(layers)}
+
+
+def square_side(number: float, expected: str, source: str) -> int:
+    """Return the side length of a square of patches or tokens.
+
+    Args:
+        number: Number of patches or tokens.
+        expected: Description of the expected tensor, for messages.
         source: Name of the source project, for messages.
 
     Raises:
-        ConversionError: The embeddings do not form a square, or the patch size does not divide the image size.
+        ConversionError: The number is not a positive square number.
     """
-    stored = round(max(0, positions - 1) ** 0.5)
-    if stored < 1 or stored * stored != positions - 1:
-        raise ConversionError(subject=source, expected="1 + n n position embeddings", found=positions)
-    if image_size < patch or image_size % patch:
-        raise ConversionError(
-            subject=source,
-            expected=f"an image size that is a multiple of {patch}",
-            found=image_size,
-            remedy="give --image-size",
-        )
-    return stored, image_size // patch
-
-
-def plane_side(tokens: int, source: str) -> int:
-    """Return the number of tokens per side of a plane.
-
-    Args:
-        tokens: Number of tokens of all three planes.
-        source: Name of the source project, for messages.
-
-    Raises:
-        ConversionError: The number of tokens is not three times a square number.
-    """
-    side = round((tokens / 3) ** 0.5)
-    if 3 * side * side != tokens:
-        raise ConversionError(subject=source, expected="3 s s triplane tokens", found=tokens)
+    side = round(max(0, number) ** 0.5)
+    if side < 1 or side * side != number:
+        raise ConversionError(subject=source, expected=expected, found=number)
     return side
 
 
@@ -333,10 +319,6 @@ def default_heads(width: int, heads: int | None, option: str, source: str) -> in
             subject=source,
             expected=f"a number of heads that divides the width {width}",
             found=heads,
-            remedy=f"give {option}",
+            remedy=f"set {option}",
         )
     return heads
-
-
-def _first_keys(keys: list[str]) -> str:
-    return ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") or "none"

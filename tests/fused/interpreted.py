@@ -63,7 +63,9 @@ def case(
     field = decoder.field(Triplane(planes, layout))
     cameras = torch.tensor([1.07, 1.07, 0.5, 0.5]).expand(1, views, 4)
     rays = Renderer(samples).rays(orbit(views, distance)[None], cameras, (size, size))
-    origins, directions, near, far = (x[0].unflatten(0, (views * size, size)) for x in rays)
+    origins, directions, near, far = (
+        x[0].unflatten(0, (views * size, size)) for x in (rays.origins, rays.directions, rays.near, rays.far)
+    )
     alive = far > near
     t = (
         near[..., None]

@@ -31,7 +31,7 @@ def rendered(field, renderer, plain):
     jitter = torch.rand(2, 2, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
     if not plain:
         return renderer(field, c2w, cameras, (16, 16), jitter)
-    return render_plain(field, *renderer.rays(c2w, cameras, (16, 16)), jitter.flatten(1), renderer.march)
+    return render_plain(field, renderer.rays(c2w, cameras, (16, 16), jitter), renderer.march)
 
 
 @pytest.mark.parametrize(("hidden", "dtype"), BOUNDS, ids=str)

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from lrm_pl.geometry.rays import ray_interval
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.deferred import render_deferred
+from lrm_pl.rendering.deferred import Rays, render_deferred
+from lrm_pl.rendering.ray_marching import RayBundle
 from lrm_pl.weights.key_map import Hyperparameters
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.triposr import RADIUS, convert_triposr
@@ -97,8 +98,8 @@ def test_triposr():
         f["in.rays_d"].flatten(0, 2) @ turn.T,
     )
     origins, directions = origins.expand(2, -1, 3), directions.expand(2, -1, 3)
-    interval = ray_interval(origins, directions, "box")
-    pixels = render_deferred(field, origins, directions, *interval, None, renderer.march, 4096)
+    rays = RayBundle(origins, directions, *ray_interval(origins, directions, "box"))
+    pixels = render_deferred(field, Rays(rays, 4096, renderer.march.samples), renderer.march)
     assert (pixels.over(torch.ones(3)) - f["out.rgb"].flatten(1, 3)).abs().max() < 1e-3
     rays = (f["in.rays_o"].flatten(0, 2).expand(2, -1, 3), f["in.rays_d"].flatten(0, 2).expand(2, -1, 3))
     assert (theirs.render(f["out.planes"], *rays, 32) - f["out.rgb"].flatten(1, 3)).abs().max() < 1e-3

@@ -33,7 +33,7 @@ def state(source="openlrm"):
 @pytest.mark.parametrize(
     ("source", "ending"), [("openlrm", "safetensors"), ("triposr", "ckpt"), ("openlrm", "pth")]
 )
-def test_a_converted_folder_holds_the_network_and_the_report_names_every_key(
+def test_a_converted_folder_contains_the_network_and_the_report_lists_all_keys(
     source, ending, tmp_path, capsys
 ):
     weights, out = tmp_path / f"model.{ending}", tmp_path / "out"
@@ -41,7 +41,7 @@ def test_a_converted_folder_holds_the_network_and_the_report_names_every_key(
     save_file(tensors, weights) if ending == "safetensors" else torch.save(tensors, weights)
     main(["--from", source, str(weights), str(out), *SIZES])
     printed = capsys.readouterr().out
-    assert all(key in printed for key in tensors), "every key is in the report"
+    assert all(key in printed for key in tensors), "the report contains all keys"
     assert f"lrm fit -c {out}/config.yaml" in printed
     pipeline = LRMPipeline.from_pretrained(out)
     network, renderer = pipeline.network, pipeline.renderer
@@ -56,7 +56,7 @@ def change(tensors, key, value):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change_state", "message"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "transformer.norm.bias"}, r"transformer\.norm\.bias is missing"),
         (lambda s: change(s, "transformer.extra", torch.zeros(3)), r"transformer\.extra \(3,\) is unexpected"),
@@ -66,10 +66,10 @@ def change(tensors, key, value):
         (lambda s: {"state": s["pos_embed"]}, r"expected the key 'pos_embed', but found 'state'"),
     ],
 )  # fmt: skip
-def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing_is_written(
-    spoil, message, tmp_path
+def test_missing_unexpected_and_invalid_tensors_are_errors_and_nothing_is_written(
+    change_state, message, tmp_path
 ):
-    save = spoil(state())
+    save = change_state(state())
     weights, out = tmp_path / "model.safetensors", tmp_path / "out"
     save_file(save, weights)
     with pytest.raises(SystemExit, match=message):
@@ -78,12 +78,12 @@ def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing
 
 
 @pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
-def test_weights_of_the_other_network_are_refused(source, other):
+def test_weights_of_a_different_architecture_are_rejected(source, other):
     with pytest.raises(ConversionError, match="Check that the file is of this network"):
         NETWORKS[source][1](state(other), NUMBERS)
 
 
-def test_all_differences_are_listed_at_once():
+def test_the_error_lists_all_differences():
     tensors = state("triposr")
     for key in ("backbone.norm.weight", "decoder.layers.2.bias"):
         del tensors[key]
@@ -99,25 +99,25 @@ def test_all_differences_are_listed_at_once():
         assert part in str(caught.value)
 
 
-class _Evil:
+class _RunsCode:
     def __reduce__(self):
-        return (print, ("code of the file ran",))
+        return (print, ("code in the file was executed",))
 
 
-def test_a_file_that_wants_to_run_code_is_refused(tmp_path, capsys):
+def test_a_file_with_code_is_rejected(tmp_path, capsys):
     weights = tmp_path / "model.ckpt"
-    weights.write_bytes(pickle.dumps({"pos_embed": _Evil()}, protocol=2))
+    weights.write_bytes(pickle.dumps({"pos_embed": _RunsCode()}, protocol=2))
     with pytest.raises(SystemExit, match="an unreadable file"):
         main(["--from", "triposr", str(weights), str(tmp_path / "out")])
-    assert "code of the file ran" not in capsys.readouterr().out
+    assert "code in the file was executed" not in capsys.readouterr().out
 
 
-def test_a_size_of_no_published_model_must_be_said():
-    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64. Give --image-size"):
+def test_the_image_size_is_required_for_unpublished_widths():
+    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64. Set --image-size"):
         convert_openlrm(state(), Hyperparameters(4, 3))
 
 
-def test_an_existing_folder_and_a_missing_file_are_refused(tmp_path):
+def test_an_existing_folder_and_a_missing_file_are_errors(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit, match="because it exists"):
         main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "out")])
@@ -139,7 +139,7 @@ MILLIONS = {"openlrm_small": 111.4, "openlrm_base": 260.2, "openlrm_large": 452.
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_the_published_weights_become_the_network_of_the_preset(preset, root):
+def test_published_weights_are_converted_to_the_network_of_the_preset(preset, root):
     kind, sizes = PUBLISHED[preset]
     if kind is OpenLRM:
         sizes = {**sizes, "stored": 37, "camera_dim": 1024}
@@ -160,7 +160,7 @@ def test_the_published_weights_become_the_network_of_the_preset(preset, root):
     assert vars(renderer) == vars(its_renderer)
 
 
-def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
+def test_the_error_for_a_damaged_folder_names_the_reason(tmp_path):
     weights, out = tmp_path / "model.safetensors", tmp_path / "out"
     save_file(state(), weights)
     main(["--from", "openlrm", str(weights), str(out), *SIZES])
@@ -186,17 +186,17 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("openlrm", ["--image-size", "100"], "image size that is a multiple of 14, but found 100"),
+        ("openlrm", ["--image-size", "100"], "image_size that is a multiple of 14, but found 100"),
         ("openlrm", ["--samples-per-ray", "4"], "samples per ray"),
-        ("triposr", ["--image-size", "8"], "image size that is a multiple of 16, but found 8"),
+        ("triposr", ["--image-size", "8"], "image_size that is a multiple of 16, but found 8"),
         (
             "triposr",
             ["--heads", "7"],
-            "a number of heads that divides the width 64, but found 7. Give --heads",
+            "a number of heads that divides the width 64, but found 7. Set --heads",
         ),
     ],
 )
-def test_numbers_that_do_not_fit_leave_nothing_behind(source, options, message, tmp_path):
+def test_invalid_hyperparameters_are_errors_and_nothing_is_written(source, options, message, tmp_path):
     weights, out = tmp_path / "model.safetensors", tmp_path / "out"
     save_file(state(source), weights)
     with pytest.raises(SystemExit, match=message):
@@ -204,16 +204,16 @@ def test_numbers_that_do_not_fit_leave_nothing_behind(source, options, message, 
     assert list(tmp_path.iterdir()) == [weights]
 
 
-def test_a_file_that_is_damaged_anywhere_is_refused(tmp_path):
+def test_a_damaged_file_is_read_or_raises_an_error(tmp_path):
     whole = tmp_path / "whole.pth"
     torch.save({"a": torch.arange(6.0), "b": {"c": torch.ones(2)}}, whole)
     content, damaged = whole.read_bytes(), tmp_path / "damaged.pth"
     generator = random.Random(0)
     for _ in range(60):
-        spoilt = bytearray(content)
+        corrupted = bytearray(content)
         for _ in range(4):
-            spoilt[generator.randrange(len(spoilt))] = generator.randrange(256)
-        damaged.write_bytes(spoilt)
+            corrupted[generator.randrange(len(corrupted))] = generator.randrange(256)
+        damaged.write_bytes(corrupted)
         try:
             read_tensor_file(damaged, "x")
         except WeightsError:
@@ -221,13 +221,15 @@ def test_a_file_that_is_damaged_anywhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("positions", [1, 3, 11])
-def test_position_embeddings_that_are_no_square_are_refused(positions):
+def test_a_number_of_position_embeddings_that_is_not_square_is_an_error(positions):
     tensors = change(state(), "encoder.model.pos_embed", torch.zeros(1, positions, 48))
-    with pytest.raises(ConversionError, match=f"expected 1 . n n position embeddings, but found {positions}"):
+    with pytest.raises(
+        ConversionError, match=f"expected a square of patches and a class token, but found {positions - 1}"
+    ):
         convert_openlrm(tensors, NUMBERS)
 
 
-def test_a_size_that_a_file_claims_takes_no_memory():
+def test_sizes_from_a_file_do_not_allocate_memory():
     tensors = change(
         state("triposr"), "image_tokenizer.model.embeddings.cls_token", torch.zeros(1, 1, 3_000_000)
     )
@@ -235,7 +237,7 @@ def test_a_size_that_a_file_claims_takes_no_memory():
         convert_triposr(tensors, Hyperparameters(4, 3, 112, 16))
 
 
-def test_the_words_of_a_conversion_are_read_before_torch_is_loaded(root):
+def test_arguments_are_parsed_before_torch_is_imported(root):
     code = "import sys; from lrm_pl.apps.convert import main; assert 'torch' not in sys.modules; main(['--from', 'x'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2

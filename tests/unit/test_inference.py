@@ -156,7 +156,7 @@ def test_an_accelerator_draws_the_same_points_and_image_and_waits_once_a_segment
     for choose in (contextlib.nullcontext, device.as_accelerator):
         ball.asked = 0
         with choose(), Operators() as operators:
-            drawn.append(render_skipping(ball, [occupancy], *rays, renderer.march, 10**9))
+            drawn.append(render_skipping(ball, [occupancy], rays, renderer.march, 10**9))
         asked.append(ball.asked)
     assert asked[1] == asked[0]
     for a, b in zip(vars(drawn[1]).values(), vars(drawn[0]).values(), strict=True):

@@ -8,17 +8,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lrm_pl.kernels.attention import attention_in_blocks
-from lrm_pl.planning.operation_counter import (
-    _BYTES_FORMULAS,
-    Collective,
-    MemoryAccess,
-    OperationCounter,
-    register_bytes_formula,
-)
+from lrm_pl.planning.kernel_bytes import BYTES_FORMULAS
+from lrm_pl.planning.operation_counter import Collective, OperationCounter
 from lrm_pl.planning.sharding import fake_process_group
 
 
-def test_the_peak_is_what_lived_at_once():
+def test_the_peak_is_the_maximum_size_of_live_tensors():
     counter = OperationCounter()
     with FakeTensorMode(), counter:
         a = torch.empty(1000)
@@ -30,7 +25,7 @@ def test_the_peak_is_what_lived_at_once():
     assert counter.allocated == 0
 
 
-def test_views_hold_nothing_of_their_own():
+def test_views_do_not_allocate_memory():
     counter = OperationCounter()
     with FakeTensorMode(), counter:
         a = torch.empty(10, 100)
@@ -42,7 +37,7 @@ def test_views_hold_nothing_of_their_own():
     assert counter.allocated == 0
 
 
-def test_products_are_counted_and_other_operations_have_bytes_only():
+def test_flops_of_matrix_products_and_bytes_of_all_operations_are_counted():
     counter = OperationCounter()
     with FakeTensorMode(), counter:
         x, w = torch.empty(5, 7), torch.empty(7, 11)
@@ -54,7 +49,7 @@ def test_products_are_counted_and_other_operations_have_bytes_only():
     ]  # fmt: skip
 
 
-def test_a_softmax_with_its_gradient_is_as_many_operations_as_kernels_are_started():
+def test_a_softmax_with_its_gradient_counts_one_operation_per_kernel():
     counter = OperationCounter()
     x = torch.empty(3, 5, requires_grad=True)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
@@ -91,7 +86,7 @@ def test_scaled_dot_product_attention_counts_two_products_forward_and_five_backw
     assert moved == dtype.itemsize * 6 * 8 * (2 * 40 + 2 * 50) + 4 * 6 * 40
 
 
-def test_an_operator_moves_the_numbers_that_it_touches():
+def test_accessed_bytes_by_operator():
     """float32 has 4 bytes, int64 has 8 bytes."""
     cases = {
         "copy_": (lambda x, i: x.copy_(torch.empty(10, 6)), 4 * 60 * 2),
@@ -120,14 +115,10 @@ def _(x):
     return torch.empty_like(x)
 
 
-@pytest.fixture
-def doubling():
-    """A custom operator that doubles twice."""
-    yield torch.ops.lrm_pl.doubling_of_a_test
-    _BYTES_FORMULAS.pop(torch.ops.lrm_pl.doubling_of_a_test, None)
+DOUBLING = torch.ops.lrm_pl.doubling_of_a_test
 
 
-def booked(op, **options):
+def counted(op, **options):
     counter = OperationCounter(**options)
     with FakeTensorMode():
         x = torch.empty(100)
@@ -136,35 +127,34 @@ def booked(op, **options):
     return counter
 
 
-def test_a_custom_operator_moves_inputs_and_outputs_or_what_its_body_moves(doubling):
-    assert sum(x.accessed for x in booked(doubling).operations) == 2 * 400
-    opened = booked(doubling, decomposed={"doubling_of_a_test"})
+def test_a_custom_operator_accesses_its_inputs_and_outputs_or_is_decomposed():
+    assert sum(x.accessed for x in counted(DOUBLING).operations) == 2 * 400
+    opened = counted(DOUBLING, decomposed={"doubling_of_a_test"})
     assert [x.name for x in opened.operations] == ["mul", "mul"]
     assert sum(x.accessed for x in opened.operations) == 4 * 400
     assert opened.peak == 2 * 400
 
 
-def test_a_custom_operator_moves_what_its_formula_says_and_holds_its_scratch_apart(doubling):
-    @register_bytes_formula(doubling)
-    def _(x, *, out_val):
-        return MemoryAccess(accessed=x.nbytes + out_val.nbytes / 2, scratch=1000.0)
-
-    counter = booked(doubling)
+def test_a_formula_determines_the_accessed_bytes_and_the_scratch_of_an_operator(monkeypatch):
+    monkeypatch.setitem(
+        BYTES_FORMULAS, DOUBLING, lambda x, *, out_val: (x.nbytes + out_val.nbytes / 2, 1000.0)
+    )
+    counter = counted(DOUBLING)
     (operation,) = counter.operations
     assert (operation.accessed, operation.scratch) == (600.0, 1000.0)
     assert counter.peak == 400 + 1000
     assert counter.allocated == 0
 
 
-def test_scratch_is_not_multiplied_by_repetitions(doubling):
-    register_bytes_formula(doubling)(lambda x, out_val: MemoryAccess(8.0, 16.0))
+def test_scratch_is_not_multiplied_by_repetitions(monkeypatch):
+    monkeypatch.setitem(BYTES_FORMULAS, DOUBLING, lambda x, *, out_val: (8.0, 16.0))
     counter = OperationCounter()
     with FakeTensorMode(), counter, counter.repeated(5.0):
-        doubling(torch.empty(1))
+        DOUBLING(torch.empty(1))
     assert (counter.operations[-1].accessed, counter.operations[-1].scratch) == (40.0, 16.0)
 
 
-def test_what_is_repeated_by_several_threads_counts_as_often_and_is_held_as_often():
+def test_operations_are_multiplied_by_repetitions_and_memory_by_threads():
     counter = OperationCounter()
     with FakeTensorMode(), counter:
         x, w = torch.empty(10, 10), torch.empty(10, 10)
@@ -176,7 +166,7 @@ def test_what_is_repeated_by_several_threads_counts_as_often_and_is_held_as_ofte
     assert counter.peak == 2 * 400 + 3 * 400
 
 
-def test_what_is_track_gradient_is_out_of_the_peak_but_in_the_sum():
+def test_gradients_are_excluded_from_the_peak_and_included_in_the_sum():
     counter = OperationCounter()
     with FakeTensorMode(), counter:
         gradient = torch.empty(100)
@@ -192,22 +182,22 @@ def test_what_is_track_gradient_is_out_of_the_peak_but_in_the_sum():
     ("op", "expected"),
     [("all_gather", 1000 * 3 / 4), ("reduce_scatter", 1000 * 3 / 4), ("all_reduce", 2 * 1000 * 3 / 4)],
 )
-def test_a_ring_of_four_sends_three_quarters_and_twice_for_a_sum_that_all_get(op, expected):
+def test_bytes_sent_in_a_ring_of_four_processes(op, expected):
     assert Collective(op, 1000.0, 4).sent == expected
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_messages_and_memory_of_a_sharded_layer_are_those_of_its_parts(copies):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_collectives_of_a_sharded_layer(replicas):
     """The 8 x 16 weights are gathered twice, and their gradient is reduced once."""
     counter, processes = OperationCounter(), 4
-    with fake_process_group(1, processes, copies) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_process_group(1, processes, replicas) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         layer = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU())
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         with counter, counter.track_resizes():
             layer(torch.empty(2, 16)).sum().backward()
     sizes = {(message.op, message.size, message.processes) for message in counter.collectives}
-    parts = processes // copies
+    parts = processes // replicas
     expected = {("all_gather", 512.0, parts), ("reduce_scatter", 512.0, parts)}
-    if copies > 1:
-        expected.add(("all_reduce", 512.0 / parts, copies))
+    if replicas > 1:
+        expected.add(("all_reduce", 512.0 / parts, replicas))
     assert sizes == expected

