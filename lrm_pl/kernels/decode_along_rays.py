@@ -1,9 +1,7 @@
 """Fused triplane sampling and NeRF MLP along rays, with Triton kernels.
 
 The input ``planes`` (3, S, S, C) contains the channels-last planes of one object in bfloat16 or float32, with the first
-layer of the MLP folded in. The inputs ``origins`` and ``directions`` (N, W, 3) contain the float32 rays of N rows of W
-pixels, ``t`` (N, W, K) contains the float32 sample distances, and ``alive`` (N, W) is the mask of rays to evaluate. The
-weights and biases of the MLP are packed by ``pack``.
+layer of the MLP folded in. The weights and biases of the MLP are packed by ``pack``.
 
 The features of a sample are the sum of the bilinear samples of the three planes (see ``kernels.triplane``) and a bias.
 They pass through the activation, L layers C x C with the activation, and one layer C x 4. The float32 output
@@ -44,6 +42,8 @@ WINDOW = 8
 
 NUM_WARPS = 8
 
+Shapes = Sequence[torch.Size]
+
 #: Number of columns of the last layer, padded to the minimum size of a tensor core product.
 _LAST = 16
 
@@ -60,6 +60,22 @@ class PackedMLP(NamedTuple):
 
     weights: Float[Tensor, " n"]
     biases: Float[Tensor, " m"]
+
+
+class RaySamples(NamedTuple):
+    """Samples along the rays through N rows of W pixels.
+
+    Attributes:
+        origins: Float32 ray origins.
+        directions: Float32 unit directions of the rays.
+        t: Float32 distances of K samples per ray.
+        alive: Mask of the rays to evaluate.
+    """
+
+    origins: Float[Tensor, "N W 3"]
+    directions: Float[Tensor, "N W 3"]
+    t: Float[Tensor, "N W K"]
+    alive: Bool[Tensor, "N W"]
 
 
 def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
@@ -88,10 +104,7 @@ def unpack(packed: PackedMLP, width: int) -> tuple[Tensor, ...]:
 
 def decode_along_rays_plain(
     planes: Float[Tensor, "3 S S C"],
-    origins: Float[Tensor, "N W 3"],
-    directions: Float[Tensor, "N W 3"],
-    t: Float[Tensor, "N W K"],
-    alive: Bool[Tensor, "N W"],
+    samples: RaySamples,
     mlp: PackedMLP,
     axes: Axes,
     act: HiddenActivation,
@@ -100,6 +113,7 @@ def decode_along_rays_plain(
 
     This is the reference implementation, which is also used if the Triton kernels cannot run.
     """
+    origins, directions, t, alive = samples
     points = origins.unsqueeze(-2) + t.unsqueeze(-1) * directions.unsqueeze(-2)
     dtype = planes.dtype
     bias, *hidden, last, last_bias = unpack(mlp, planes.shape[-1])
@@ -118,10 +132,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def decode_along_rays(
     planes: Float[Tensor, "3 S S C"],
-    origins: Float[Tensor, "N W 3"],
-    directions: Float[Tensor, "N W 3"],
-    t: Float[Tensor, "N W K"],
-    alive: Bool[Tensor, "N W"],
+    samples: RaySamples,
     mlp: PackedMLP,
     axes: Axes,
     act: HiddenActivation,
@@ -131,24 +142,19 @@ def decode_along_rays(
     Raises:
         ValueError: The shapes or dtypes are invalid.
     """
-    _check(planes, origins, t, alive, mlp)
+    _check(planes, samples, mlp)
     if triton_unavailable(planes.device) is not None:
         with torch.no_grad():
-            return decode_along_rays_plain(planes, origins, directions, t, alive, mlp, axes, act)
+            return decode_along_rays_plain(planes, samples, mlp, axes, act)
     flat = [axis for pair in axes for axis in pair]
-    return torch.ops.lrm_pl.decode_along_rays(
-        planes, origins, directions, t, alive, *mlp, flat, act == "silu"
-    )
+    return torch.ops.lrm_pl.decode_along_rays(planes, samples, mlp, flat, act == "silu")
 
 
 def accumulate_gradient(
     total: Float[Tensor, "3 S S C"],
     grad: Float[Tensor, "N W K 4"],
     planes: Float[Tensor, "3 S S C"],
-    origins: Float[Tensor, "N W 3"],
-    directions: Float[Tensor, "N W 3"],
-    t: Float[Tensor, "N W K"],
-    alive: Bool[Tensor, "N W"],
+    samples: RaySamples,
     mlp: PackedMLP,
     axes: Axes,
     act: HiddenActivation,
@@ -159,10 +165,7 @@ def accumulate_gradient(
         total: Contiguous float32 gradient of the planes, which is modified in place.
         grad: Gradient of the output.
         planes: Planes of the object.
-        origins: Ray origins.
-        directions: Unit directions of the rays.
-        t: Sample distances.
-        alive: Mask of evaluated rays.
+        samples: Samples along rays.
         mlp: Packed weights.
         axes: Column axis and row axis of each plane.
         act: Activation between the layers.
@@ -173,7 +176,7 @@ def accumulate_gradient(
     Raises:
         ValueError: The shapes or dtypes are invalid, or ``total`` is not contiguous.
     """
-    _check(planes, origins, t, alive, mlp)
+    _check(planes, samples, mlp)
     if total.dtype != torch.float32 or not total.is_contiguous():
         raise ValueError(
             f"expected a contiguous float32 total, but found {total.dtype} of strides {total.stride()}"
@@ -182,19 +185,17 @@ def accumulate_gradient(
         leaves = [x.detach().requires_grad_() for x in (planes, *mlp)]
         with torch.enable_grad():
             mlp = PackedMLP(*leaves[1:])
-            out = decode_along_rays_plain(leaves[0], origins, directions, t, alive, mlp, axes, act)
+            out = decode_along_rays_plain(leaves[0], samples, mlp, axes, act)
         planes_grad, *sums = torch.autograd.grad(out, leaves, grad)
         total += planes_grad
         return PackedMLP(*(x.float() for x in sums))
     flat = [axis for pair in axes for axis in pair]
-    return PackedMLP(
-        *torch.ops.lrm_pl.decode_along_rays_backward(
-            total, grad, planes, origins, directions, t, alive, *mlp, flat, act == "silu"
-        )
-    )
+    sums = torch.ops.lrm_pl.decode_along_rays_backward(total, grad, planes, samples, mlp, flat, act == "silu")
+    return PackedMLP(*sums)
 
 
-def _check(planes: Tensor, origins: Tensor, t: Tensor, alive: Tensor, mlp: PackedMLP) -> None:
+def _check(planes: Tensor, samples: RaySamples, mlp: PackedMLP) -> None:
+    origins, _, t, alive = samples
     if planes.ndim != 4 or planes.shape[0] != 3 or planes.shape[1] != planes.shape[2]:
         raise ValueError(f"expected planes (3, S, S, C), but found {tuple(planes.shape)}")
     if planes.dtype not in (torch.bfloat16, torch.float32) or mlp.weights.dtype != planes.dtype:
@@ -258,39 +259,33 @@ def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -
     return launch
 
 
-def _launch(planes: Tensor, t: Tensor, biases: Tensor) -> tuple[Launch, dict[str, object]]:
-    """Return a launch configuration and the size arguments of the kernels."""
+def _launch(
+    planes: Tensor, samples: list[Tensor], mlp: list[Tensor]
+) -> tuple[Launch, list[Tensor], dict[str, object]]:
+    """Return a launch configuration, and the tensors and sizes that both kernels take."""
     gpu = gpu_properties(planes.device)
     assert gpu is not None, planes.device
-    launch = plan_launch(planes, t, biases, gpu)
-    rows, columns, samples = launch.tile
-    return launch, {
+    *rays, t, alive = samples
+    launch = plan_launch(planes, t, mlp[1], gpu)
+    rows, columns, tile_samples = launch.tile
+    tensors = [x.contiguous() for x in (*rays, t, alive.to(torch.int8), *mlp)]
+    return launch, tensors, {
         "N": t.shape[0], "W": t.shape[1], "K": t.shape[2], "S": planes.shape[1], "C": launch.width,
-        "L": launch.layers, "TH": rows, "TW": columns, "TK": samples, "HALF": planes.dtype == torch.bfloat16,
+        "L": launch.layers, "TH": rows, "TW": columns, "TK": tile_samples, "HALF": planes.dtype == torch.bfloat16,
         "num_warps": NUM_WARPS, "num_stages": 1,
     }  # fmt: skip
 
 
 @torch.library.custom_op("lrm_pl::decode_along_rays", mutates_args=())
-def _op(
-    planes: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    t: Tensor,
-    alive: Tensor,
-    weights: Tensor,
-    biases: Tensor,
-    axes: list[int],
-    silu: bool,
-) -> Tensor:
+def _op(planes: Tensor, samples: list[Tensor], mlp: list[Tensor], axes: list[int], silu: bool) -> Tensor:
     from lrm_pl.kernels import decode_along_rays_triton as kernels
 
-    launch, sizes = _launch(planes, t, biases)
-    out = t.new_empty(*t.shape, 4)
+    launch, tensors, sizes = _launch(planes, samples, mlp)
+    out = samples[2].new_empty(*samples[2].shape, 4)
     with launch_guard(planes.device):
         kernels.forward[(launch.programs,)](
-            *(x.contiguous() for x in (planes, origins, directions, t, alive.to(torch.int8), weights, biases)),
-            out, launch.tiles, AXES=tuple(axes), SILU=silu, EMPTY_RAW_DENSITY=EMPTY_RAW_DENSITY, **sizes,
+            planes.contiguous(), *tensors, out, launch.tiles,
+            AXES=tuple(axes), SILU=silu, EMPTY_RAW_DENSITY=EMPTY_RAW_DENSITY, **sizes,
         )  # fmt: skip
     return out
 
@@ -300,63 +295,49 @@ def _backward_op(
     total: Tensor,
     grad: Tensor,
     planes: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    t: Tensor,
-    alive: Tensor,
-    weights: Tensor,
-    biases: Tensor,
+    samples: list[Tensor],
+    mlp: list[Tensor],
     axes: list[int],
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     from lrm_pl.kernels import decode_along_rays_triton as kernels
 
-    launch, sizes = _launch(planes, t, biases)
-    weight_sums = biases.new_zeros(launch.programs, weights.numel())
-    bias_sums = biases.new_zeros(launch.programs, biases.numel())
+    launch, tensors, sizes = _launch(planes, samples, mlp)
+    weight_sums, bias_sums = (mlp[1].new_zeros(launch.programs, x.numel()) for x in mlp)
     scratch = planes.new_empty(launch.scratch // planes.dtype.itemsize)
     with launch_guard(planes.device):
         kernels.backward[(launch.programs,)](
-            planes.contiguous(), total,
-            *(x.contiguous() for x in (origins, directions, t, alive.to(torch.int8), weights, biases, grad)),
-            weight_sums, bias_sums, scratch, launch.tiles, AXES=tuple(axes), SILU=silu, WINDOW=WINDOW, **sizes,
+            planes.contiguous(), total, *tensors, grad.contiguous(), weight_sums, bias_sums, scratch, launch.tiles,
+            AXES=tuple(axes), SILU=silu, WINDOW=WINDOW, **sizes,
         )  # fmt: skip
     return weight_sums.sum(0), bias_sums.sum(0)
 
 
 @_op.register_fake
-def _(
-    planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor, weights: Tensor, biases: Tensor,
-    axes: list[int], silu: bool,
-) -> Tensor:  # fmt: skip
-    return t.new_empty(*t.shape, 4)
+def _(planes: Tensor, samples: list[Tensor], mlp: list[Tensor], axes: list[int], silu: bool) -> Tensor:
+    return samples[2].new_empty(*samples[2].shape, 4)
 
 
 @_backward_op.register_fake
 def _(
-    total: Tensor, grad: Tensor, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor,
-    weights: Tensor, biases: Tensor, axes: list[int], silu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(weights, dtype=torch.float32), torch.empty_like(biases)
+    total: Tensor, grad: Tensor, planes: Tensor, samples: object, mlp: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mlp[0], dtype=torch.float32), torch.empty_like(mlp[1])
 
 
 # Each sample passes through L hidden layers and the last layer, which has 4 columns.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays)
-def _(
-    planes: torch.Size, origins: torch.Size, directions: torch.Size, t: torch.Size, alive: torch.Size,
-    weights: torch.Size, biases: torch.Size, *_: object, **__: object,
-) -> int:  # fmt: skip
-    return t.numel() * _flops_per_sample(planes[3], biases)
+def _(planes: torch.Size, samples: Shapes, mlp: Shapes, *_: object, **__: object) -> int:
+    return samples[2].numel() * _flops_per_sample(planes[3], mlp[1])
 
 
 # The backward pass recomputes the layers and computes the gradients of inputs and weights. Each of these three steps
 # costs as much as the forward pass. A product with the bilinear weights sums the gradients of the planes per window.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays_backward)
 def _(
-    total: torch.Size, grad: torch.Size, planes: torch.Size, origins: torch.Size, directions: torch.Size,
-    t: torch.Size, alive: torch.Size, weights: torch.Size, biases: torch.Size, *_: object, **__: object,
+    total: torch.Size, grad: torch.Size, planes: torch.Size, samples: Shapes, mlp: Shapes, *_: object, **__: object
 ) -> int:  # fmt: skip
-    return t.numel() * (3 * _flops_per_sample(planes[3], biases) + 2 * 3 * WINDOW**2 * planes[3])
+    return samples[2].numel() * (3 * _flops_per_sample(planes[3], mlp[1]) + 2 * 3 * WINDOW**2 * planes[3])
 
 
 def _flops_per_sample(width: int, biases: torch.Size) -> int:

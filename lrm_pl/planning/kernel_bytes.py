@@ -11,24 +11,21 @@ from lrm_pl.kernels.device import gpu_properties
 
 
 def _forward_access(
-    planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor, weights: Tensor, biases: Tensor,
-    *_: object, out_val: Tensor, **__: object,
-) -> tuple[float, float]:  # fmt: skip
+    planes: Tensor, samples: list[Tensor], mlp: list[Tensor], *_: object, out_val: Tensor, **__: object
+) -> tuple[float, float]:
     """Count every tensor once. The planes and the weights fit into the L2 cache, so they are read from memory once."""
-    tensors = planes, origins, directions, t, alive, weights, biases, out_val
-    return float(sum(x.nbytes for x in tensors)), 0.0
+    return float(sum(x.nbytes for x in (planes, *samples, *mlp, out_val))), 0.0
 
 
 def _backward_access(
-    total: Tensor, grad: Tensor, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor,
-    weights: Tensor, biases: Tensor, *_: object, **__: object,
+    total: Tensor, grad: Tensor, planes: Tensor, samples: list[Tensor], mlp: list[Tensor], *_: object, **__: object
 ) -> tuple[float, float]:  # fmt: skip
     """Count the inputs once, and the gradients of the planes and the partial sums of each program twice."""
-    gpu = gpu_properties(t.device)
+    gpu = gpu_properties(planes.device)
     assert gpu is not None, "the operator runs on a GPU, real or emulated"
-    launch = plan_launch(planes, t, biases, gpu)
-    inputs = sum(x.nbytes for x in (planes, grad, origins, directions, t, alive, weights, biases))
-    sums = 4 * launch.programs * (weights.numel() + biases.numel())
+    launch = plan_launch(planes, samples[2], mlp[1], gpu)
+    inputs = sum(x.nbytes for x in (planes, grad, *samples, *mlp))
+    sums = 4 * launch.programs * sum(x.numel() for x in mlp)
     return inputs + 2 * total.nbytes + 2 * sums, float(launch.scratch)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lrm_pl.kernels.decode_along_rays import (
     WIDTHS,
     PackedMLP,
+    RaySamples,
     accumulate_gradient,
     decode_along_rays,
     pack,
@@ -161,10 +162,10 @@ class PixelRays:
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
         return march_rays(march, near.flatten(), far, jitter, evaluate, activate).view(near.shape)
 
-    def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the origins, directions, distances and alive mask that ``decode_along_rays`` expects."""
-        alive = self.alive[index, rows]
-        return self.origins[index, rows], self.directions[index, rows], t.view(*alive.shape, -1), alive
+    def samples(self, index: int, rows: slice, t: Tensor) -> RaySamples:
+        """Return samples at distances ``t`` along the rays in pixel rows of an object."""
+        origins, directions, alive = (x[index, rows] for x in (self.origins, self.directions, self.alive))
+        return RaySamples(origins, directions, t.view(*alive.shape, -1), alive)
 
 
 def render_fused(field: FusableField, rays: PixelRays, march: RayMarching) -> Rendering:
@@ -243,7 +244,7 @@ class _Fused(torch.autograd.Function):
             for (t, _), grad in zip(decoded, leaf_grads, strict=True):
                 samples = rays.samples(index, rows, t)
                 mlp_grads = accumulate_gradient(
-                    planes_grad[index], grad, texels, *samples, mlp, field.axes, field.hidden_activation
+                    planes_grad[index], grad, texels, samples, mlp, field.axes, field.hidden_activation
                 )
                 sums.weights.add_(mlp_grads.weights)
                 sums.biases.add_(mlp_grads.biases)
@@ -258,7 +259,7 @@ def _decode(
     field: FusableField, rays: PixelRays, index: int, rows: slice, texels: Tensor, mlp: PackedMLP, t: Tensor
 ) -> Tensor:
     samples = rays.samples(index, rows, t)
-    return decode_along_rays(texels, *samples, mlp, field.axes, field.hidden_activation)
+    return decode_along_rays(texels, samples, mlp, field.axes, field.hidden_activation)
 
 
 def _split(field: FusableField, decoded: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

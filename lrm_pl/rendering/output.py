@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +23,7 @@ class Rendering:
     depth: Float[Tensor, "*rays"]
 
     @classmethod
-    def zeros(cls, shape: Sequence[int], like: Tensor) -> Self:
+    def zeros(cls, shape: Sequence[int], like: Tensor) -> "Rendering":
         """Return empty pixels of shape (*shape) with the device and dtype of a tensor."""
         return cls(*(like.new_zeros(size) for size in ((*shape, 3), shape, shape)))
 

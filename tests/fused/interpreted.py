@@ -74,11 +74,14 @@ def case(
     fused.TILES = {torch.float32: (tile,)}
     device._INTERPRETED = device._INTERPRETED._replace(multiprocessors=programs)
     mlp = fused.pack(field.weights, torch.float32)
-    given = (field.planes[0].detach(), origins, directions, stretch * t, alive, mlp, PLANE_AXES[layout], act)
+    samples_along_rays = fused.RaySamples(origins, directions, stretch * t, alive)
+    given = (field.planes[0].detach(), samples_along_rays, mlp, PLANE_AXES[layout], act)
     grad = torch.randn(*t.shape, 4)
 
     leaves = field.planes.detach()[0].requires_grad_(), *(w.detach().requires_grad_() for w in field.weights)
-    points = (origins.unsqueeze(-2) + given[3].unsqueeze(-1) * directions.unsqueeze(-2)).view(-1, 3)
+    points = (origins.unsqueeze(-2) + samples_along_rays.t.unsqueeze(-1) * directions.unsqueeze(-2)).view(
+        -1, 3
+    )
     expected = decoder.mlp(field.sample(leaves[0], points), leaves[1:]).view(*t.shape, 4)
     gradients = torch.autograd.grad(expected[alive], leaves, grad[alive])
 

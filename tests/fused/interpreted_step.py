@@ -70,8 +70,8 @@ def main():
         tuple(x for layer in decoder.layers for x in (layer.weight, layer.bias))[1:], torch.float32
     )
     rays = torch.rand(4, 4, 3)
-    given = (torch.randn(3, 8, 8, 16), rays, rays, torch.rand(4, 4, 4), torch.ones(4, 4, dtype=torch.bool), *mlp,
-             [0, 1, 0, 2, 1, 2], False)  # fmt: skip
+    samples = [rays, rays, torch.rand(4, 4, 4), torch.ones(4, 4, dtype=torch.bool)]
+    given = torch.randn(3, 8, 8, 16), samples, list(mlp), [0, 1, 0, 2, 1, 2], False
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.lrm_pl.decode_along_rays.default, given, test_utils=checks)
     total, grad = torch.zeros(3, 8, 8, 16), torch.randn(4, 4, 4, 4)

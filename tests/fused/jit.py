@@ -59,16 +59,8 @@ def main():
             mlp, planes = fused.pack(field.weights, dtype), field.planes[0].detach().to(dtype)
             for rows, columns, samples in ((16, 16, 16), (1, 1, 1), (6, 9, 5)):
                 rays, t = torch.rand(rows, columns, 3), torch.rand(rows, columns, samples)
-                given = (
-                    planes,
-                    rays,
-                    rays,
-                    t,
-                    torch.ones(rows, columns, dtype=torch.bool),
-                    mlp,
-                    field.axes,
-                    "silu",
-                )
+                along_rays = fused.RaySamples(rays, rays, t, torch.ones(rows, columns, dtype=torch.bool))
+                given = planes, along_rays, mlp, field.axes, "silu"
                 assert fused.decode_along_rays(*given).shape == (rows, columns, samples, 4)
                 sums = fused.accumulate_gradient(torch.zeros(3, 8, 8, 16), torch.rand(*t.shape, 4), *given)
                 assert sums.weights.shape == mlp.weights.shape

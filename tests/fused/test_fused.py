@@ -292,10 +292,11 @@ def test_flops_are_those_of_the_layers_counted_by_hand():
         decoder.mlp(torch.randn(7, 16), field.weights)
     a_sample = 2 * (2 * 16 * 16 + 16 * 4)
     assert plain.get_total_flops() == 7 * a_sample
-    shapes = (3, 12, 12, 16), (5, 4, 3), (5, 4, 3), (5, 4, 6), (5, 4), mlp.weights.shape, mlp.biases.shape
+    shapes = (3, 12, 12, 16), (5, 4, 3), (5, 4, 3), (5, 4, 6), (5, 4)
     forward = torch.utils.flop_counter.flop_registry[torch.ops.lrm_pl.decode_along_rays]
     backward = torch.utils.flop_counter.flop_registry[torch.ops.lrm_pl.decode_along_rays_backward]
-    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    planes, *samples = (torch.empty(shape, device="meta") for shape in shapes)
+    tensors = planes, samples, mlp
     assert forward(*tensors, [0, 1, 0, 2, 1, 2], False) == 120 * a_sample
     total, grad = torch.empty(shapes[0], device="meta"), torch.empty(5, 4, 6, 4, device="meta")
     assert backward(total, grad, *tensors, [0, 1, 0, 2, 1, 2], False) == 120 * (
@@ -307,16 +308,8 @@ def test_gradients_are_added_to_contiguous_float32_only():
     decoder, planes = scene()
     field = decoder.field(Triplane(planes))
     mlp, rays, t = fused.pack(field.weights, torch.float32), torch.zeros(2, 3, 3), torch.zeros(2, 3, 5)
-    given = (
-        field.planes[0].detach(),
-        rays,
-        rays,
-        t,
-        torch.ones(2, 3, dtype=torch.bool),
-        mlp,
-        field.axes,
-        "relu",
-    )
+    samples = fused.RaySamples(rays, rays, t, torch.ones(2, 3, dtype=torch.bool))
+    given = field.planes[0].detach(), samples, mlp, field.axes, "relu"
     for total in (torch.zeros(3, 12, 12, 32)[..., ::2], torch.zeros(3, 12, 12, 16, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="expected a contiguous float32 total"):
             fused.accumulate_gradient(total, torch.zeros(2, 3, 5, 4), *given)
@@ -327,18 +320,15 @@ def test_wrong_shapes_and_types_are_refused():
     field = decoder.field(Triplane(planes))
     mlp = fused.pack(field.weights, torch.float32)
     rays, t, alive = torch.zeros(2, 3, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
-    given = {
-        "planes": field.planes[0], "origins": rays, "directions": rays, "t": t, "alive": alive, "mlp": mlp,
-        "axes": field.axes, "act": "relu",
-    }  # fmt: skip
-    assert fused.decode_along_rays(**given).shape == (2, 3, 5, 4)
-    for change, found in (
-        ({"planes": field.planes[0].bfloat16()}, "bfloat16 and torch.float32"),
-        ({"t": t[:1]}, r"\(1, 3, 5\)"),
-        ({"alive": alive[:, :1]}, r"\(2, 1\)"),
+    samples, planes = fused.RaySamples(rays, rays, t, alive), field.planes[0]
+    assert fused.decode_along_rays(planes, samples, mlp, field.axes, "relu").shape == (2, 3, 5, 4)
+    for wrong_planes, wrong_samples, found in (
+        (planes.bfloat16(), samples, "bfloat16 and torch.float32"),
+        (planes, samples._replace(t=t[:1]), r"\(1, 3, 5\)"),
+        (planes, samples._replace(alive=alive[:, :1]), r"\(2, 1\)"),
     ):
         with pytest.raises(ValueError, match=found):
-            fused._check(*((given | change)[name] for name in ("planes", "origins", "t", "alive", "mlp")))
+            fused._check(wrong_planes, wrong_samples, mlp)
 
 
 def test_a_launch_never_has_more_points_than_32_bits_can_count():
