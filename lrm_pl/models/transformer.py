@@ -103,7 +103,6 @@ class Block(nn.Module):
         camera_dim: Width E of the camera embedding. If None, the block is not conditioned on the camera.
         design: Order of the sublayers and type of the MLP.
         qk_norm: Whether queries and keys are normalized.
-        mlp_ratio: Hidden width of the MLP as a multiple of D.
     """
 
     def __init__(
@@ -115,11 +114,10 @@ class Block(nn.Module):
         design: BlockDesign = "lrm",
         *,
         qk_norm: bool = False,
-        mlp_ratio: int = 4,
     ) -> None:
         super().__init__()
         self.self_first = triposr = design == "triposr"
-        eps, hidden = (1e-5 if triposr else 1e-6), mlp_ratio * dim
+        eps, hidden = (1e-5 if triposr else 1e-6), 4 * dim
         self.cross_norm = ModLN(dim, camera_dim, eps)
         self.cross_attention = Attention(dim, heads, image_dim, out_bias=triposr, qk_norm=qk_norm)
         self.self_norm = ModLN(dim, camera_dim, eps)

@@ -110,10 +110,6 @@ def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str
         WeightsError: The file does not exist, has a different hash, or cannot be read.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise WeightsError(
-            subject=timm_name, expected=f"weights at {file}", found="no file", remedy="correct the path"
-        )
     verify_hash(file, [sha256.lower()], timm_name, "download the file again")
     return _read_tensors(file, timm_name)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import wrap_file
 
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
@@ -66,7 +66,7 @@ class ResolvedWeights:
 
 
 def verify_hash(path: Path, expected: Sequence[str], subject: str, remedy: str) -> str:
-    """Return the SHA-256 of a file.
+    """Check that a file exists and has one of the expected hashes, and return its SHA-256.
 
     Args:
         path: Path of the file.
@@ -75,14 +75,15 @@ def verify_hash(path: Path, expected: Sequence[str], subject: str, remedy: str) 
         remedy: Suggested fix, as an imperative sentence.
 
     Raises:
-        WeightsError: The hash is not among the allowed hashes.
+        WeightsError: The file does not exist, or the hash is not among the allowed hashes.
     """
-    found = hash_file(path)
-    if found not in expected:
-        hashes = " or ".join(expected)
+    if not path.is_file():
         raise WeightsError(
-            subject=subject, expected=f"{path} with sha256 {hashes}", found=found, remedy=remedy
+            subject=subject, expected=f"a file at {path}", found="none", remedy="correct the path, or omit it"
         )
+    if (found := hash_file(path)) not in expected:
+        target = f"{path} with sha256 {' or '.join(expected)}"
+        raise WeightsError(subject=subject, expected=target, found=found, remedy=remedy)
     return found
 
 
@@ -239,19 +240,18 @@ def is_available(file: WeightFile) -> bool:
 def _download_url(file: WeightFile, path: Path) -> None:
     """Download a URL with a progress bar, and abort the download if it exceeds the expected size."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"})
     with (
         urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_S) as response,
+        wrap_file(
+            response, file.size, description=file.filename, console=console, disable=not console.is_terminal
+        ) as reader,
         path.open("wb") as output,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        task = progress.add_task(file.filename, total=file.size)
-        while chunk := response.read(_CHUNK_BYTES):
+        while chunk := reader.read(_CHUNK_BYTES):
             if output.tell() + len(chunk) > file.size:
                 raise DownloadError(f"expected {file.size} bytes, but found more")
             output.write(chunk)
-            progress.advance(task, len(chunk))
 
 
 def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
@@ -271,10 +271,6 @@ def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
 
 def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
     files = WEIGHT_FILES[name]
-    if not path.is_file():
-        raise WeightsError(
-            subject=name, expected=f"a file at {path}", found="none", remedy="correct the path, or omit it"
-        )
     expected = [sha256.lower()] if sha256 else [file.sha256 for file in files]
     remedy = f"download the file again, or set {_options(name)[1]} to the sha256 of a file that you trust"
     found = verify_hash(path, expected, name, remedy)

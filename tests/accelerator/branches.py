@@ -1,8 +1,9 @@
 """Find the branches for accelerators, and record which of them the tests have run.
 
-A question about the device is a call of a function of ``lrm_pl/kernels/device.py`` whose answer is ``on_cpu``'s. What
-hangs on it must run on both sides: RECORD stands in the place of ``device.HOST_TYPES``, notes who asks and what the
-answer is, and traces the lines that run in files that ask.
+A device check is a call of a function in ``lrm_pl/kernels/device.py`` whose result depends on ``on_cpu``. Both results
+of each check and all statements that depend on a check must occur in the tests. ``RECORD`` replaces
+``device.HOST_TYPES``, records the location and the result of each check, and traces the lines that run in files with
+device checks.
 """
 
 import ast
@@ -20,8 +21,8 @@ DEVICE_MODULE = "lrm_pl.kernels.device"
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """A call that checks whether a device is a CPU: its file, function and lines."""
+class Check:
+    """A call that checks whether a device is a CPU, with its file, function and lines."""
 
     file: str
     function: str
@@ -34,7 +35,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A statement that runs only on some devices: one inside an ``if`` on such a check."""
+    """A statement inside an ``if`` statement whose condition is a device check."""
 
     file: str
     first: int
@@ -44,7 +45,7 @@ class Statement:
         return f"{self.file}:{self.first}"
 
 
-def functions_that_ask(name, source):
+def functions_that_check(name, source):
     """List the functions of the device file whose result depends on ``name``, including itself."""
     calls = {
         node.name: {c.func.id for c in ast.walk(node) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)}
@@ -58,11 +59,11 @@ def functions_that_ask(name, source):
 
 
 class _Finder(ast.NodeVisitor):
-    def __init__(self, file, asking):
-        self.file, self.asking = file, asking
-        self.questions, self.statements = [], []
+    def __init__(self, file, checking):
+        self.file, self.checking = file, checking
+        self.checks, self.statements = [], []
         self._names = []
-        self._imported = set(asking) if file == DEVICE_FILE else set()
+        self._imported = set(checking) if file == DEVICE_FILE else set()
 
     def visit_ClassDef(self, node):
         self._names.append(node.name)
@@ -73,19 +74,19 @@ class _Finder(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node):
         if node.module == DEVICE_MODULE:
-            self._imported |= {alias.asname or alias.name for alias in node.names} & self.asking
+            self._imported |= {alias.asname or alias.name for alias in node.names} & self.checking
 
-    def _asks(self, node):
+    def _is_check(self, node):
         return isinstance(node.func, ast.Name) and node.func.id in self._imported
 
     def visit_Call(self, node):
-        if self._asks(node):
+        if self._is_check(node):
             function = ".".join(self._names)
-            self.questions.append(Question(self.file, function, node.lineno, node.end_lineno))
+            self.checks.append(Check(self.file, function, node.lineno, node.end_lineno))
         self.generic_visit(node)
 
     def visit_If(self, node):
-        if any(isinstance(part, ast.Call) and self._asks(part) for part in ast.walk(node.test)):
+        if any(isinstance(part, ast.Call) and self._is_check(part) for part in ast.walk(node.test)):
             below = [part for kept in (*node.body, *node.orelse) for part in ast.walk(kept)]
             self.statements += [
                 Statement(self.file, part.lineno, part.end_lineno)
@@ -98,27 +99,27 @@ class _Finder(ast.NodeVisitor):
 def find(name="on_cpu"):
     """List checks and statements of the package, including checks for CUDA."""
     source = (ROOT / DEVICE_FILE).read_text()
-    asking = functions_that_ask(name, source)
+    checking = functions_that_check(name, source)
     if name == "on_cpu":
-        asking -= functions_that_ask("on_cuda", source)
-    questions, statements = [], []
+        checking -= functions_that_check("on_cuda", source)
+    checks, statements = [], []
     for path in sorted((ROOT / "lrm_pl").rglob("*.py")):
-        more = find_in(str(path.relative_to(ROOT)), path.read_text(), asking)
-        questions += more[0]
+        more = find_in(str(path.relative_to(ROOT)), path.read_text(), checking)
+        checks += more[0]
         statements += more[1]
-    return questions, statements
+    return checks, statements
 
 
-def find_in(file, source, asking=frozenset({"on_cpu"})):
+def find_in(file, source, checking=frozenset({"on_cpu"})):
     """List checks and statements of a file."""
-    finder = _Finder(file, asking)
+    finder = _Finder(file, checking)
     finder.visit(ast.parse(source))
-    return finder.questions, finder.statements
+    return finder.checks, finder.statements
 
 
 @functools.cache
-def _asking_files():
-    return {str(ROOT / question.file) for question in find()[0]}
+def _files_with_checks():
+    return {str(ROOT / check.file) for check in find()[0]}
 
 
 class Record:
@@ -126,21 +127,21 @@ class Record:
 
     Attributes:
         types: The device types that are CPUs.
-        answers: (file, line) -> answers given there.
-        lines: (file, line) that ran.
+        results: Set of results by (file, line).
+        lines: Lines that ran, as (file, line).
     """
 
     def __init__(self):
         self.types = frozenset({"cpu"})
-        self.answers, self.lines = {}, set()
+        self.results, self.lines = {}, set()
 
     def __contains__(self, kind):
-        answer = kind in self.types
+        result = kind in self.types
         frame = sys._getframe(1)  # on_cpu
         while Path(frame.f_code.co_filename) == ROOT / DEVICE_FILE and frame.f_back is not None:
             frame = frame.f_back
-            self.answers.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(answer)
-        return answer
+            self.results.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(result)
+        return result
 
     def __iter__(self):
         return iter(self.types)
@@ -158,21 +159,21 @@ class Record:
             threading.settrace(before)
 
     def _enter(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename in _asking_files() else None
+        return self._line if frame.f_code.co_filename in _files_with_checks() else None
 
     def _line(self, frame, event, argument):
         if event == "line":
             self.lines.add((frame.f_code.co_filename, frame.f_lineno))
         return self._line
 
-    def missing(self, questions, statements):
+    def missing(self, checks, statements):
         """List the checks that did not have both results, and the statements that did not run."""
         found = []
-        for question in questions:
-            path, lines = str(ROOT / question.file), range(question.first, question.last + 1)
-            answers = set().union(*(self.answers.get((path, line), ()) for line in lines))
+        for check in checks:
+            path, lines = str(ROOT / check.file), range(check.first, check.last + 1)
+            results = set().union(*(self.results.get((path, line), ()) for line in lines))
             sides = {False: "as an accelerator", True: "as a CPU"}
-            found += [f"{question} was not asked {sides[side]}" for side in sides if side not in answers]
+            found += [f"{check} was not called {sides[side]}" for side in sides if side not in results]
         for statement in statements:
             path, lines = str(ROOT / statement.file), range(statement.first, statement.last + 1)
             if not any((path, line) in self.lines for line in lines):

@@ -6,8 +6,8 @@ from tests import ROOT
 
 MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
 
-#: Sizes by their place in a config; whatever is not named here is an option, and stays. So does the decoder's MLP,
-#: whose width and depth choose what renders it on a GPU.
+#: Sizes by key. Other settings are unchanged. The width and depth of the decoder are unchanged because they determine
+#: the renderer on a GPU.
 SIZES = {
     ("lrm", "dim"): 32,  # blocks "triposr" need a multiple of 32
     ("lrm", "depth"): 2,
@@ -20,7 +20,7 @@ SIZES = {
     ("objective", "lpips_start_step"): 0,
 }
 
-#: Loss terms that a configuration omits are measured too.
+#: Weights of loss terms that a configuration omits.
 TERMS = {"mse": 1.0, "lpips": 1.0, "mask": 0.05, "tv": 5e-4, "opacity": 0.01}
 
 

@@ -1,4 +1,4 @@
-"""The device of a test: a GPU, or a CPU that takes the branches of an accelerator."""
+"""Device of a test, which is a GPU or a CPU that takes the branches for accelerators."""
 
 import dataclasses
 
@@ -14,10 +14,10 @@ class Device:
     """Device on which a test runs.
 
     Attributes:
-        name: PyTorch's name.
-        rounding: Largest relative difference to the CPU branch that sums of another order may make in float32. A CPU
-            has the same instructions on either side; a GPU has its own exp, and convolutions of other algorithms.
-        monkeypatch: Of the test.
+        name: Name of the device in PyTorch.
+        rounding: Maximum relative difference from the branches for CPUs, due to a different order of summation in
+            float32. On a GPU, functions such as exp and the algorithms of convolutions also differ.
+        monkeypatch: The fixture of the test.
     """
 
     name: str
@@ -29,11 +29,11 @@ class Device:
         return self.name == "cuda"
 
     def to_accelerator(self):
-        """Make the CPU take the branches of an accelerator."""
+        """Select the branches for accelerators on the CPU."""
         RECORD.types = frozenset()
 
     def to_cpu(self):
-        """Make the CPU take its own branches."""
+        """Select the branches for CPUs."""
         RECORD.types = frozenset({"cpu"})
 
     def close(self, ours, theirs, times=1.0):
@@ -45,7 +45,7 @@ class Device:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Record which device checks run; a CPU takes its own branches until a test changes this."""
+    """Record which device checks run. The branches for CPUs are selected until a test changes this."""
     RECORD.types = frozenset({"cpu"})
     monkeypatch.setattr(device_file, "HOST_TYPES", RECORD)
     with RECORD.tracing():
@@ -54,7 +54,7 @@ def recorded(monkeypatch):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, recorded, monkeypatch):
-    """The accelerator: a CPU that takes its branches, or (marked gpu) a GPU; a missing GPU is a failure."""
+    """A CPU that takes the branches for accelerators, or a GPU in tests with the marker gpu."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("expected a GPU that PyTorch can use, but found none")
     found = Device(request.param, {"cpu": 1e-5, "cuda": 1e-3}[request.param], monkeypatch)

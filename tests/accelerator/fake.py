@@ -1,4 +1,4 @@
-"""Fake tensors on a CUDA device: operations check devices, dtypes and shapes without computing."""
+"""Fake tensors on a CUDA device, for which operators check devices, dtypes and shapes without computing."""
 
 import copy
 import warnings
@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 class AllTrue(TorchDispatchMode):
-    """Define data-dependent results: every mask selects everything, and every value read on the host is 0.5."""
+    """Define data-dependent results. A mask selects all elements, and a value that is copied to the host is 0.5."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         aten, keywords = torch.ops.aten, keywords or {}
@@ -35,7 +35,7 @@ class AllTrue(TorchDispatchMode):
 
 
 class FakeCuda:
-    """A context in which tensors may be fake ones on ``DEVICE``; real ones may not take part."""
+    """Context for operators on fake tensors on ``DEVICE``. Real tensors are not supported."""
 
     def __init__(self):
         self._modes = FakeTensorMode(), AllTrue()
@@ -59,7 +59,7 @@ class FakeCuda:
             mode.__exit__(*error)
 
     def module(self, module):
-        """Copy a module to the device."""
+        """Return a copy of a module on the device."""
         copies = {}
         for tensor in (*module.parameters(), *module.buffers()):
             new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
@@ -69,12 +69,12 @@ class FakeCuda:
         return copy.deepcopy(module, copies)
 
     def on_the_host(self, tree):
-        """Copy a tree's tensors, as they are on the host."""
+        """Return a tree with fake copies of its tensors on the host."""
         return tree_map_only(torch.Tensor, self._modes[0].from_tensor, tree)
 
 
 def devices(value):
-    """List the devices of all tensors of a dataclass, or of a tree."""
+    """Return the devices of all tensors in a dataclass or tree."""
     found = set()
 
     def look(one):

@@ -1,4 +1,4 @@
-"""``python -m tests.accelerator.run fit ...``: the command line on a CPU that takes the branches of accelerators."""
+"""Run the command line on a CPU with the branches for accelerators (``python -m tests.accelerator.run fit ...``)."""
 
 from lrm_pl.__main__ import main
 from lrm_pl.kernels.device import as_accelerator

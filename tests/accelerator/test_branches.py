@@ -1,6 +1,6 @@
-"""Every branch for accelerators is run by a test: a new branch fails here until a test runs it.
+"""Check that tests run all branches for accelerators.
 
-Branches on ``on_cuda`` need CUDA itself; they are listed with the test that runs them on a GPU (``make test-gpu``).
+Branches that depend on ``on_cuda`` require CUDA. They are listed with a test in ``make test-gpu`` that runs them.
 """
 
 import ast
@@ -13,12 +13,10 @@ from tests.accelerator.branches import RECORD, Record, find, find_in
 FOLDERS = ("tests/accelerator", "tests/gpu")
 
 #: Tests that run several of the functions below.
-STEP = "tests/gpu/test_training.py::test_a_trainer_config_trains_one_process_as_a_cpu_does"
-MODEL = "tests/accelerator/test_models.py::test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu"
+STEP = "tests/gpu/test_training.py::test_training_with_each_trainer_config_matches_a_cpu"
+MODEL = "tests/accelerator/test_models.py::test_training_validation_and_checkpoint_match_a_cpu"
 TRACE = "tests/gpu/test_training.py::test_a_run_is_timed_and_traced"
-RENDER = (
-    "tests/gpu/test_rendering.py::test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin"
-)
+RENDER = "tests/gpu/test_rendering.py::test_deferred_rendering_matches_the_reference_in_values_and_gradients"
 
 #: Functions that call ``on_cuda``, and a test that runs them on a GPU.
 ON_CUDA = {
@@ -57,7 +55,7 @@ ESTIMATES = {
 
 
 def names_of_tests(folder):
-    """List the test functions of a folder, as pytest names them."""
+    """Return the node IDs of the test functions in a folder."""
     return {
         f"{path.relative_to(ROOT)}::{node.name}"
         for path in sorted((ROOT / folder).glob("test_*.py"))
@@ -66,15 +64,15 @@ def names_of_tests(folder):
     }
 
 
-def test_every_question_about_the_device_is_asked_for_both_and_all_that_hangs_on_it_runs(request):
+def test_all_device_checks_and_branches_run_for_a_cpu_and_an_accelerator(request):
     known = set().union(*map(names_of_tests, FOLDERS))
     if not known <= {f"{item.path.relative_to(ROOT)}::{item.originalname}" for item in request.session.items}:
-        pytest.skip(f"it is about all tests of {' and '.join(FOLDERS)} together")
+        pytest.skip(f"requires all tests in {' and '.join(FOLDERS)}")
     assert RECORD.missing(*find()) == []
 
 
-def test_every_function_that_asks_for_cuda_is_listed_with_a_test_that_runs_it_on_a_gpu():
-    assert {f"{question.file}:{question.function}" for question in find("on_cuda")[0]} == (
+def test_functions_that_check_for_cuda_are_listed_with_a_gpu_test():
+    assert {f"{check.file}:{check.function}" for check in find("on_cuda")[0]} == (
         ON_CUDA.keys() | ESTIMATES.keys()
     )
     assert all((ROOT / path).is_file() for path in ESTIMATES.values())
@@ -99,19 +97,19 @@ def ask(x):
 """
 
 
-def test_a_branch_that_did_not_run_is_found_and_one_that_ran_is_not():
-    questions, statements = find_in("some.py", BRANCH)
-    assert [str(question) for question in questions] == ["some.py:4 in ask"]
+def test_only_branches_that_did_not_run_are_reported():
+    checks, statements = find_in("some.py", BRANCH)
+    assert [str(check) for check in checks] == ["some.py:4 in ask"]
     assert [statement.first for statement in statements] == [5, 6, 7]
     path, record = str(ROOT / "some.py"), Record()
-    record.answers[path, 4] = {True}
+    record.results[path, 4] = {True}
     record.lines |= {(path, 5), (path, 6)}
-    expected = ["some.py:4 in ask was not asked as an accelerator", "some.py:7 did not run"]
-    assert record.missing(questions, statements) == expected
-    record.answers[path, 4].add(False)
+    expected = ["some.py:4 in ask was not called as an accelerator", "some.py:7 did not run"]
+    assert record.missing(checks, statements) == expected
+    record.results[path, 4].add(False)
     record.lines.add((path, 7))
-    assert record.missing(questions, statements) == []
+    assert record.missing(checks, statements) == []
 
 
-def test_another_function_of_the_same_name_is_no_question():
+def test_functions_of_other_modules_with_the_same_name_are_not_device_checks():
     assert find_in("some.py", BRANCH.replace("from lrm_pl.kernels.device", "from elsewhere"))[0] == []

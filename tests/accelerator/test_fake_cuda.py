@@ -1,6 +1,6 @@
-"""The program on fake CUDA tensors: an operation on tensors of two devices raises here as it would on a GPU.
+"""Run the package on fake CUDA tensors, on which an operation on tensors of two devices is an error as on a GPU.
 
-Not seen this way: bodies of custom operations, backward, and what autocast does.
+Custom operators, backward passes and autocast are not covered.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SAMPLES = [synthetic_sample(name, 4, 32, 0) for name in "ab"]
 
 @pytest.fixture(params=[(8, 0), (7, 5)], ids=["sm_80", "sm_75"])
 def cuda(request, recorded, monkeypatch):
-    """Fake CUDA devices that Triton's kernels run on, and older ones."""
+    """Fake CUDA devices that support the Triton kernels, and older devices."""
     major, minor = request.param
     gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=108, L2_cache_size=40 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
@@ -56,7 +56,7 @@ def arrived(cuda, packed):
 
 
 @pytest.mark.parametrize("make", [training_batch, evaluation_batch])
-def test_all_of_a_batch_reaches_the_device(cuda, make):
+def test_all_tensors_of_a_batch_are_copied_to_the_device(cuda, make):
     assert devices(arrived(cuda, make())) == {DEVICE}
 
 
@@ -69,7 +69,7 @@ def lpips():
 
 @pytest.fixture
 def perceptual(cuda, lpips):
-    """LPIPS without numbers, on the device."""
+    """LPIPS on the fake device."""
     copied = PerceptualLoss.__new__(PerceptualLoss)
     copied.name, copied.network = lpips.name, cuda.module(lpips.network)
     return copied
@@ -77,14 +77,14 @@ def perceptual(cuda, lpips):
 
 @pytest.fixture(scope="module", params=MODELS)
 def built(request):
-    """A config's section, its network with real numbers, and its renderer."""
+    """Section of a config, its network with real weights, and its renderer."""
     section = shrunk(request.param)
     return section, *build_network(section)
 
 
 @pytest.fixture
 def module(built, cuda, perceptual):
-    """The module of a config, on the device."""
+    """Training module of a config on the device."""
     section, network, renderer = built
     network = cuda.module(network)
     prepare_blocks(network, ParallelConfig(**section.get("parallel", {})))
@@ -93,7 +93,7 @@ def module(built, cuda, perceptual):
     return made
 
 
-def test_the_forward_of_a_training_step_stays_on_the_device(cuda, module):
+def test_all_tensors_of_a_training_step_are_on_the_device(cuda, module):
     batch = arrived(cuda, training_batch())
     inputs = module.render_targets(batch)
     assert devices(inputs) == {DEVICE}
@@ -105,12 +105,12 @@ def test_the_forward_of_a_training_step_stays_on_the_device(cuda, module):
 
 @pytest.fixture(scope="module")
 def metrics():
-    """Metrics with real numbers; torchmetrics cannot be made of fake ones."""
+    """Metrics with real states, because torchmetrics does not support fake tensors."""
     return ImageMetrics()
 
 
 @pytest.mark.parametrize("built", ["small"], indirect=True)
-def test_validation_and_its_metrics_stay_on_the_device(metrics, cuda, module, perceptual):
+def test_all_tensors_of_validation_and_metrics_are_on_the_device(metrics, cuda, module, perceptual):
     module = module.eval()
     batch = arrived(cuda, evaluation_batch())
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_validation_and_its_metrics_stay_on_the_device(metrics, cuda, module, pe
         assert devices([getattr(metrics, name) for name in metrics._defaults]) == {DEVICE}
 
 
-def test_images_and_densities_of_a_reconstruction_stay_on_the_device(cuda, module):
+def test_images_and_densities_of_a_reconstruction_are_on_the_device(cuda, module):
     with torch.no_grad():
         scene, _ = module.eval().predict_step(arrived(cuda, evaluation_batch()), 0)
     assert devices(scene.field.planes) == {DEVICE}
@@ -134,6 +134,6 @@ def test_images_and_densities_of_a_reconstruction_stay_on_the_device(cuda, modul
     assert devices([query_density(scene.field, 0, points), query_color(scene.field, 0, points)]) == {DEVICE}
 
 
-def test_tensors_of_two_devices_do_not_mix(cuda):
+def test_an_operation_on_tensors_of_two_devices_is_an_error(cuda):
     with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
         torch.empty(2, device=DEVICE) + torch.empty(2)

@@ -1,7 +1,7 @@
-"""Every config of configs/model, small: an accelerator computes what a CPU does, in values and in gradients.
+"""Compare values and gradients on an accelerator and a CPU for small variants of all configs in configs/model.
 
-The bounds are ``Device.rounding``: sums of another order differ by a few float32 ulps (6e-8), and a network of this
-depth carried them to 5e-7 at most. In bf16, whose ulp is 8e-3, the branches round in other places.
+The bounds are ``Device.rounding``. A different order of summation changes results by a few float32 ulps (6e-8), and by
+at most 5e-7 after all layers of these networks. In bf16, the ulp is 8e-3, and the branches round at different places.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from lrm_pl.rendering.density_grid import density_grid
 from tests.accelerator.configs import MODELS, shrunk
 from tests.accelerator.training import train
 
-# Lightning warns of few workers and of short runs.
+# Lightning warns about few workers and short runs.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.parametrize("model", MODELS)]
 
-#: Metrics that do not depend on the network's values.
+#: Prefixes of metrics that do not depend on the weights.
 OTHER = ("time/", "speed/", "memory/", "data/")
 
 
@@ -40,7 +40,7 @@ def figures(run):
 
 @pytest.fixture(scope="module")
 def references():
-    """Results of a CPU run of a model, cached."""
+    """Cached results of runs on a CPU, by model."""
     return {}
 
 
@@ -66,7 +66,7 @@ def trained(device, model, tmp_path, shards, lpips_networks, monkeypatch):
     return run
 
 
-def test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu(device, trained, on_a_cpu):
+def test_training_validation_and_checkpoint_match_a_cpu(device, trained, on_a_cpu):
     ours, theirs = trained("32-true"), on_a_cpu
     step, validation = figures(theirs)
     terms = {"loss/mse", "loss/lpips", "loss/mask", "loss/tv", "loss/opacity", "optim/grad_norm"}
@@ -88,7 +88,7 @@ def test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu(de
         clear = gradient.abs() > 10 * device.rounding * gradient.abs().max()
         difference = (kept[f"network.{name}"] - reference[f"network.{name}"]).abs()
         assert (difference[clear] <= 0.01 * step["optim/lr"]).all(), name
-    # The weights that these signs have moved: one step is 4e-4 to 1.5e-3 of weights of about 0.1.
+    # Arbitrary signs change weights of about 0.1 by 4e-4 to 1.5e-3 in one step.
     assert measured == pytest.approx(validation, rel=10 * device.rounding)
     weights = {name: value.cpu().clone() for name, value in ours.module.lrm.state_dict().items()}
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu(de
         assert torch.equal(value.cpu(), weights[name]), name
 
 
-def test_training_under_bf16_autocast_stays_near_float32_on_a_cpu(trained, on_a_cpu):
+def test_training_in_bf16_is_close_to_float32_on_a_cpu(trained, on_a_cpu):
     found, expected = figures(trained("bf16-mixed"))[0], figures(on_a_cpu)[0]
     assert found.keys() == expected.keys()
     assert all(map(math.isfinite, found.values()))
@@ -108,7 +108,7 @@ def test_training_under_bf16_autocast_stays_near_float32_on_a_cpu(trained, on_a_
 
 
 def opaque(model):
-    """A network with random weights whose field has a surface."""
+    """Return a network with random weights whose field has a surface."""
     section = shrunk(model)
     torch.manual_seed(0)
     made = LRMPipeline({part: section[part] for part in ("lrm", "renderer")}, InputFraming())
@@ -118,7 +118,7 @@ def opaque(model):
     return made
 
 
-def test_meshes_images_and_thresholds_are_those_of_a_cpu(device, model):
+def test_meshes_images_and_thresholds_match_a_cpu(device, model):
     found, surface = {}, 0.0
     image = torch.rand(4, 30, 30, generator=torch.Generator().manual_seed(1))
     camera = InputCamera(2.5, 45.0)
@@ -126,7 +126,7 @@ def test_meshes_images_and_thresholds_are_those_of_a_cpu(device, model):
         choose()
         made = opaque(model).to(name)
         scene = reconstruct(made.network, made.renderer, image, camera)
-        # Without bf16 rounding, which changes signs near a surface.
+        # Rounding to bf16 would change signs near a surface.
         with torch.autocast(name, enabled=False):
             triplane = made.network(
                 image[None, None, :3].to(name), camera.c2w.to(name)[None, None],

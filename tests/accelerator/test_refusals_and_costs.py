@@ -1,4 +1,4 @@
-"""Branches that no model run takes."""
+"""Branches for accelerators that training and inference do not take."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lrm_pl.kernels.attention import attention_in_blocks, attention_plain
 from lrm_pl.planning.gpus import peak_flops
 
 
-def test_attention_in_blocks_is_a_cpus(device):
+def test_attention_in_blocks_requires_a_cpu(device):
     q, k, v = torch.randn(3, 1, 2, 8, 4, device=device.name)
     with pytest.raises(ValueError, match="on the CPU, but found"):
         attention_in_blocks(q, k, v)
@@ -17,7 +17,7 @@ def test_attention_in_blocks_is_a_cpus(device):
     )
 
 
-def test_the_peak_of_an_accelerator_is_not_measured_as_a_cpus_is(device):
+def test_the_peak_rate_is_measured_only_on_a_cpu(device):
     where = torch.device(device.name)
     assert device.is_gpu or peak_flops(where) is None
     device.to_cpu()

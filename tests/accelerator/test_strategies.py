@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and DeepSpeed on two processes that take the branches of accelerators: the run of one ordinary process."""
+"""Compare strategies on two processes with the branches for accelerators with one process on a CPU."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = ("--trainer.max_steps=10", "--trainer.val_check_interval=10")
 
-#: What the renderer logs on an accelerator only: this decoder is too narrow for the kernels.
+#: Message that the renderer logs only on an accelerator, because this decoder is too narrow for the kernels.
 BRANCHES_TAKEN = "Rendering without the fused decoder"
 
 
 @pytest.fixture(scope="module")
 def ordinary(runs):
-    """Train in one process on the CPU; returns its losses and the tensors of its checkpoint."""
+    """Losses and checkpoint tensors of a run with one process on the CPU."""
     assert BRANCHES_TAKEN not in runs.run("ordinary", 1, *STEPS, layers=["cpu"])
     return runs.losses("ordinary"), runs.final("ordinary")[1]
 
@@ -28,14 +28,14 @@ def ordinary(runs):
         pytest.param("deepspeed_2", marks=pytest.mark.soak),
     ],
 )
-def test_accelerators_train_under_a_strategy_as_one_process_on_a_cpu_does(runs, ordinary, layer):
+def test_strategies_on_accelerators_match_one_process_on_a_cpu(runs, ordinary, layer):
     losses, expected = ordinary
     name = f"accelerated-{layer}"
     log = runs.run(name, 2, *STEPS, layers=[layer], module="tests.accelerator.run")
     assert BRANCHES_TAKEN in log
     found = runs.losses(name)
     assert len(found) == 10
-    # Between strategies on a CPU the largest is 1e-6 after 20 steps; sums of another order come on top.
+    # On a CPU, the losses of strategies differ by at most 1e-6 after 20 steps, without a different order of summation.
     assert largest_difference(found, losses) <= 1e-5
     _, tensors = runs.final(name)
     assert tensors.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""A short training run in this process, as on the command line, and its results."""
+"""Short training run in this process, and its results."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ TRAINER = {
 
 @pytest.fixture(scope="session")
 def lpips_networks():
-    """Read the networks of LPIPS once."""
+    """Return the LPIPS networks."""
     return {net: pretrained_perceptual_loss(net, source="pypi") for net in ("vgg", "alex")}
 
 
@@ -45,8 +45,8 @@ class Trained:
 
     Attributes:
         module: The trained module.
-        logged: Step -> what was logged.
-        gradients: Of the first step, before clipping.
+        logged: Logged metrics of each step.
+        gradients: Gradients of the first step before clipping.
         checkpoint: The last checkpoint.
     """
 
@@ -57,7 +57,7 @@ class Trained:
 
 
 class Watch(L.Callback):
-    """Keep the gradients of the first step and the figures of every step."""
+    """Record the gradients of the first step and the metrics of every step."""
 
     def __init__(self):
         self.gradients, self.logged = {}, []
@@ -72,7 +72,7 @@ class Watch(L.Callback):
 
 
 def smooth(loss):
-    """Copy LPIPS without the kinks of ReLU and max pooling, at which a rounding changes a gradient by up to 1e-3."""
+    """Replace ReLU and max pooling in LPIPS, at whose kinks rounding errors change a gradient by up to 1e-3."""
     found = copy.deepcopy(loss)
     for module in list(found.network.modules()):
         for name, child in module.named_children():
@@ -84,10 +84,10 @@ def smooth(loss):
 
 
 def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
-    """Train a model section for a step, validate it, and keep its checkpoint below a folder."""
+    """Train a model for one step, validate it, and save a checkpoint in a folder."""
     folder.mkdir(parents=True)
     config = {
-        "seed_everything": 2,  # with some data the gradient norm of the branches differs by 1e-4, as with seed 1
+        "seed_everything": 2,  # with seed 1, the gradient norms of the branches differ by 1e-4
         "model": model,
         "data": DATA,
         "weights": {"pretrained": False, "source": "pypi"},

@@ -1,6 +1,6 @@
-"""Builds of the fused decoder's kernels for GPUs that are not present: registers, spills, shared memory, instructions.
+"""Compile the kernels of the fused decoder for several GPUs, and report registers, spills and instructions.
 
-python -m tests.fused.build prints the table, of one architecture if it is named.
+``python -m tests.fused.build [ARCH...]`` prints a table. No GPU is required.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from lrm_pl.kernels import decode_along_rays_triton as kernels
 from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY, NUM_WARPS, TILES, WINDOW
 
-#: Version of Triton with which the bounds were measured; register allocation differs between versions.
+#: Version of Triton with which the bounds were measured. Register allocation differs between versions.
 MEASURED = "3.8.0"
 
 TARGETS = {
@@ -27,7 +27,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-#: Width, layers between the first and the last, SiLU: the decoders of configs/model, and what else may be configured.
+#: Width, number of hidden layers and whether the activation is SiLU, for the decoders of configs/model and others.
 MLPS = (
     (64, 8, False),
     (64, 8, True),
@@ -85,7 +85,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
         more = {"WINDOW": WINDOW}
     constants = {"S": 64, "C": width, "L": layers, **dict(zip(("TH", "TW", "TK"), tile, strict=True)),
                  "AXES": (0, 1, 0, 2, 1, 2), "SILU": silu, "HALF": half, **more}  # fmt: skip
-    # What the JIT finds out by itself: allocations are aligned, and so are images and samples of the usual sizes.
+    # As in the JIT, allocations are aligned, and images and samples have sizes divisible by 16.
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in ("W", "K")]
     source = ASTSource(
         fn=getattr(kernels, kernel),

@@ -1,7 +1,7 @@
-"""The fused decoder's kernels, run by Triton's interpreter in float32, compared with the reference implementation.
+"""Compare the kernels of the fused decoder, run by Triton's interpreter in float32, with the reference implementation.
 
-TRITON_INTERPRET=1 python -m tests.fused.interpreted prints a line per case and fails above 1e-5. It is a process of its
-own, since the interpreter must be chosen before Triton is first imported.
+``TRITON_INTERPRET=1 python -m tests.fused.interpreted`` prints a line per case, and fails if a difference exceeds 1e-5.
+It runs in a separate process because the interpreter must be selected before Triton is imported.
 """
 
 import itertools
@@ -38,21 +38,21 @@ def case(
     """Compare values and all gradients of one case with the project's decoder.
 
     Args:
-        side: S.
-        width: C.
-        layers: Linear layers of the decoder.
+        side: Side length S of the planes.
+        width: Width C of the decoder.
+        layers: Number of linear layers of the decoder.
         act: Activation.
-        layout: Of the planes.
-        tile: Rows, columns, samples.
-        views: Cameras on an orbit.
-        size: Side of their images.
-        samples: K.
-        distance: Of the cameras; rays miss the sphere at the corners, all of them from far away.
-        stretch: Factor on distances, above 1 beyond the planes.
-        programs: How many.
+        layout: Orientation of the planes.
+        tile: Number of rows, columns and samples of a tile.
+        views: Number of cameras on an orbit.
+        size: Side length of the images.
+        samples: Number K of samples per ray.
+        distance: Distance of the cameras. Rays through the corners of the image miss the sphere.
+        stretch: Factor of the sample distances. If it exceeds 1, samples are outside the planes.
+        programs: Number of programs.
 
     Returns:
-        Relative differences of the values of live rays, of the planes' gradient, and of every weight's and bias'.
+        Relative differences of the values, of the gradient of the planes, and of the gradients of weights and biases.
     """
     torch.manual_seed(0)
     decoder = NeRFDecoder(channels=5, width=width, layers=layers, activation=act)
@@ -107,9 +107,9 @@ def cases():
             seen.append(defaults | {first: a, second: b})
     seen += [
         defaults | {"views": 3},  # several views in one grid
-        defaults | {"size": 6, "samples": 5},  # no multiple of the tile
-        defaults | {"distance": 6.0},  # most rays miss, whole tiles among them
-        defaults | {"stretch": 3.0},  # points beyond the planes
+        defaults | {"size": 6, "samples": 5},  # not a multiple of the tile
+        defaults | {"distance": 6.0},  # most rays miss, so that whole tiles are empty
+        defaults | {"stretch": 3.0},  # points outside the planes
         defaults | {"programs": 1},
         defaults | {"tile": (8, 8, 4), "samples": 4, "side": 64},  # a tile larger than a window of texels
     ]

@@ -1,6 +1,6 @@
-"""The modulated norm's kernels, run by Triton's interpreter, compared with the reference implementation.
+"""Compare the kernels of the modulated norm, run by Triton's interpreter, with the reference implementation.
 
-TRITON_INTERPRET=1 python -m tests.fused.interpreted_norm
+Run ``TRITON_INTERPRET=1 python -m tests.fused.interpreted_norm``.
 """
 
 import sys
@@ -28,10 +28,10 @@ def differences(batch, length, dim):
 
 
 def main():
-    """Print a line for each case, then check the op's schema and fake tensors."""
+    """Print a line for each case, and check the schema and the fake implementation of the operator."""
     torch.set_num_threads(1)
     failed, device.HOST_TYPES = 0, frozenset()
-    # One row and many; widths that are and are not powers of two; fewer rows than programs; one program an object.
+    # The cases include a single row, widths that are not powers of two, and fewer rows than programs.
     cases = [(1, 1, 8), (2, 5, 6), (3, 40, 96), (2, 7, 1024), (20, 3, 16)]
     for case in cases:
         worst = max(differences(*case))

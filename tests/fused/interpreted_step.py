@@ -1,6 +1,6 @@
-"""Training steps with the fused decoder's kernels, run by Triton's interpreter, against plain operators.
+"""Compare training steps with the kernels of the fused decoder, run by Triton's interpreter, with PyTorch operators.
 
-TRITON_INTERPRET=1 python -m tests.fused.interpreted_step
+Run ``TRITON_INTERPRET=1 python -m tests.fused.interpreted_step``.
 """
 
 import sys
@@ -22,7 +22,7 @@ BOUND = 2e-4
 
 
 def gradients(activation, renderer):
-    """Make a module, render two views of two objects, and return the loss and every gradient."""
+    """Render two views of two objects, and return the loss and all gradients."""
     torch.manual_seed(0)
     network = LRM(
         encoder=ImageEncoder("test_vit", 32),
@@ -46,7 +46,7 @@ def gradients(activation, renderer):
 
 
 def main():
-    """Compare steps, then check the ops' schemas and fake tensors."""
+    """Compare steps, and check the schemas and the fake implementations of the operators."""
     torch.set_num_threads(1)
     calls = []
     launch = fused.plan_launch

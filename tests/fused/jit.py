@@ -1,8 +1,7 @@
-"""Every launch of a Triton kernel goes through Triton's JIT up to the GPU: arguments are bound, kernels are compiled.
+"""Compile all launches of Triton kernels with Triton's JIT, without running them (``python -m tests.fused.jit``).
 
-python -m tests.fused.jit. The interpreter binds arguments in another way, and builds ahead of time in a third: sizes of
-1 become constants in the JIT, and pointers and sizes are specialized by their alignment. A process of its own, since
-Triton's driver is replaced by one that only names a GPU.
+Unlike the interpreter and ahead-of-time compilation, the JIT turns sizes of 1 into constants and specializes pointers
+and sizes by their alignment. This module runs in a separate process because it replaces Triton's driver.
 """
 
 import torch
@@ -31,7 +30,7 @@ class Driver:
 
 
 class Compiled:
-    """A kernel that is compiled where it would be launched."""
+    """Kernel that is compiled instead of launched."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, 0
@@ -45,7 +44,7 @@ class Compiled:
 
 
 def main():
-    """Launch with bfloat16 and float32, and with sizes that the JIT treats apart."""
+    """Launch kernels with bfloat16 and float32, and with sizes that the JIT specializes."""
     driver.set_active(Driver())
     kernels = []
     for module in (decode_along_rays_triton, modulated_norm_triton):

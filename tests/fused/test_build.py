@@ -1,4 +1,4 @@
-"""Kernels built for GPUs that are not present: registers, spills and instructions."""
+"""Registers, spills and instructions of kernels that are compiled for several GPUs."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.fused.build import MEASURED, TARGETS, build, builds
 
 pytestmark = pytest.mark.skipif(
     triton.__version__ != MEASURED,
-    reason=f"bounds are of Triton {MEASURED}, installed is {triton.__version__}",
+    reason=f"the bounds apply to Triton {MEASURED}, but Triton {triton.__version__} is installed",
 )
 
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("tile", TILES[torch.bfloat16])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_at_width_64_kernels_do_not_spill_and_use_vector_loads_and_tensor_cores(kernel, tile, arch):
+def test_kernels_of_width_64_do_not_spill_and_use_vector_loads_and_tensor_cores(kernel, tile, arch):
     found = build(kernel, arch, 64, tile)
     print(found)
     assert found.spilled <= (300 if (kernel, arch) == ("backward", "sm_80") else 0)
@@ -32,7 +32,7 @@ def test_at_width_64_kernels_do_not_spill_and_use_vector_loads_and_tensor_cores(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("arch", TARGETS)
-def test_no_kernel_that_is_used_spills_more_than_a_kilobyte(arch):
+def test_kernels_spill_at_most_one_kilobyte(arch):
     for found in builds(arch):
         print(found)
         assert found.spilled <= 1024

@@ -1,4 +1,4 @@
-"""The fused decoder without a GPU: Triton's interpreter, the reference implementation, and unsupported cases."""
+"""Tests of the fused decoder without a GPU, with Triton's interpreter and the reference implementation."""
 
 import logging
 from types import SimpleNamespace
@@ -19,23 +19,23 @@ from tests.fused.triton_process import interpreted
 
 
 @pytest.mark.slow
-def test_the_kernels_equal_the_projects_decoder_in_values_and_all_gradients():
+def test_interpreted_kernels_match_the_decoder_in_values_and_gradients():
     assert " passed, 0 failed" in interpreted("tests.fused.interpreted")
 
 
 @pytest.mark.slow
-def test_a_training_step_with_the_kernels_equals_one_with_plain_operators():
+def test_a_training_step_with_interpreted_kernels_matches_pytorch_operators():
     assert "2 passed, 0 failed" in interpreted("tests.fused.interpreted_step")
 
 
 @pytest.mark.slow
-def test_every_launch_passes_tritons_jit_also_with_sizes_of_1():
+def test_all_kernel_launches_are_compiled_by_the_jit():
     assert "compiled 16 launches" in interpreted("tests.fused.jit", interpret="0")
 
 
 @pytest.fixture
 def twin(monkeypatch):
-    """Make the renderer take the fused path with the reference implementation of the op."""
+    """Make the renderer use the fused decoder with its reference implementation."""
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
     monkeypatch.setattr(rendering, "triton_unavailable", lambda device: None)
 
@@ -51,7 +51,7 @@ def scene(width=16, layers=4, **options):
 
 
 def rendered(decoder, planes, renderer, *, views=2, size=(10, 9), layout="lrm", autocast=False):
-    """Render with random jitter; returns pixels, and gradients of planes and weights for random gradients."""
+    """Render with random jitter, and return pixels and the gradients of planes and weights."""
     torch.manual_seed(1)
     c2w = orbit(views, 2.37).expand(2, -1, -1, -1)
     cameras = torch.tensor([0.6, 0.6, 0.5, 0.5]).expand(2, views, 4)  # rays at the corners miss
@@ -75,7 +75,9 @@ RENDERERS = {
 
 @pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
 @pytest.mark.parametrize("chunk", [None, 12 * 9 * 4])
-def test_every_way_of_marching_renders_fused_as_it_does_deferred(renderer, chunk, twin, monkeypatch):
+def test_fused_rendering_matches_deferred_rendering_for_all_marching_settings(
+    renderer, chunk, twin, monkeypatch
+):
     decoder, planes = scene(activation="silu")
     monkeypatch.setattr(renderer, "chunk", chunk)
     pixels, gradients = rendered(decoder, planes, renderer)
@@ -87,10 +89,10 @@ def test_every_way_of_marching_renders_fused_as_it_does_deferred(renderer, chunk
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert (a - b).norm() <= 2e-4 * b.norm()
     assert (expected[1] == 0).any()
-    assert torch.equal(pixels[1] == 0, expected[1] == 0), "rays that miss see nothing, without NaN"
+    assert torch.equal(pixels[1] == 0, expected[1] == 0), "pixels of rays that miss are zero"
 
 
-def test_rays_that_run_along_a_face_of_the_box_and_miss_it_see_nothing(twin):
+def test_rays_that_are_parallel_to_a_face_and_miss_the_box_are_transparent(twin):
     decoder, planes = scene()
     c2w = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -2.4], [0, -1, 0, -1.5], [0, 0, 0, 1]]).expand(2, 1, 4, 4)
     camera = torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 1, 4)
@@ -101,21 +103,21 @@ def test_rays_that_run_along_a_face_of_the_box_and_miss_it_see_nothing(twin):
         assert (seen.opacity > 0).any()
 
 
-def test_decoded_samples_beyond_the_room_for_them_are_computed_again(twin, monkeypatch):
+def test_decoded_samples_beyond_the_memory_limit_are_recomputed(twin, monkeypatch):
     decoder, planes = scene()
     pixels, gradients = rendered(decoder, planes, Renderer(12))
     calls = []
     decode = rendering.decode_along_rays
     monkeypatch.setattr(rendering, "decode_along_rays", lambda *given: calls.append(1) or decode(*given))
-    monkeypatch.setattr(rendering, "_POINTS", 12 * 9 * 4)  # 5 chunks an object
+    monkeypatch.setattr(rendering, "_POINTS", 12 * 9 * 4)  # 5 chunks per object
     monkeypatch.setattr(rendering, "SAVED_BYTES", 3 * 12 * 9 * 4 * 16)
     again = rendered(decoder, planes, Renderer(12))
-    assert len(calls) == 10 + 7, "ten chunks, three of which are kept"
+    assert len(calls) == 10 + 7, "three of ten chunks are saved"
     for a, b in zip([*pixels, *gradients], [*again[0], *again[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_kept_for_backward_without_gradients(twin, monkeypatch):
+def test_no_samples_are_saved_without_gradients(twin, monkeypatch):
     decoder, planes = scene()
     field = decoder.field(Triplane(planes))
     contexts = []
@@ -132,9 +134,7 @@ def test_nothing_is_kept_for_backward_without_gradients(twin, monkeypatch):
     assert [len(context.saved) for context in contexts] == [0, 2]
 
 
-def test_under_autocast_the_fused_decoder_multiplies_in_bfloat16_as_exactly_as_plain_operators(
-    twin, monkeypatch
-):
+def test_the_fused_decoder_is_as_accurate_as_pytorch_operators_in_bfloat16(twin, monkeypatch):
     decoder, planes = scene()
     seen = []
     decode = rendering.decode_along_rays
@@ -160,7 +160,9 @@ def test_under_autocast_the_fused_decoder_multiplies_in_bfloat16_as_exactly_as_p
     ("options", "reason"),
     [({"fold": False}, "not folded"), ({"width": 24}, "decoder.width is 24"), ({}, "float16")],
 )
-def test_what_the_kernels_cannot_do_is_rendered_plainly_and_said_once(options, reason, twin, caplog):
+def test_unsupported_fields_are_rendered_with_pytorch_operators_and_the_reason_is_logged_once(
+    options, reason, twin, caplog
+):
     decoder, planes = scene(**options)
     field = decoder.field(Triplane(planes))
     rendering._log_once.cache_clear()
@@ -172,7 +174,7 @@ def test_what_the_kernels_cannot_do_is_rendered_plainly_and_said_once(options, r
     assert reason in message
 
 
-def test_deterministic_algorithms_are_rendered_without_atomics(twin):
+def test_the_fused_decoder_is_not_used_with_deterministic_algorithms(twin):
     decoder, planes = scene()
     torch.use_deterministic_algorithms(True)
     try:
@@ -185,7 +187,7 @@ def test_deterministic_algorithms_are_rendered_without_atomics(twin):
     ("capability", "works"),
     [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)],
 )
-def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch):
+def test_kernels_require_compute_capability_8(capability, works, monkeypatch):
     found = SimpleNamespace(
         major=capability[0], minor=capability[1], multi_processor_count=80, L2_cache_size=6 << 20
     )
@@ -198,7 +200,7 @@ def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A GPU of capability 8.0; Triton's other requirements are checked again."""
+    """A GPU of compute capability 8.0, with empty caches of the requirements of Triton."""
     found = SimpleNamespace(major=8, minor=0, multi_processor_count=80, L2_cache_size=6 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.delenv("CC", raising=False)
@@ -212,12 +214,12 @@ def reason_against_triton():
     return device.triton_unavailable(torch.device("cuda:0"))
 
 
-def test_without_triton_nothing_is_fused(machine):
+def test_kernels_require_triton(machine):
     machine.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert reason_against_triton() == "Triton is not installed"
 
 
-def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine, tmp_path, caplog):
+def test_kernels_require_a_c_compiler_and_the_reason_is_logged_once(machine, tmp_path, caplog):
     machine.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.INFO):
         assert "but none was found. Install gcc" in reason_against_triton()
@@ -232,7 +234,7 @@ def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine
 
 
 @pytest.mark.parametrize("given", ["/nonexistent/cc", "gcc -m64", ""])
-def test_what_triton_would_take_for_a_compiler_and_is_none_is_named(machine, given):
+def test_the_reason_names_a_cc_variable_that_is_not_a_program(machine, given):
     machine.setattr(device.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     assert reason_against_triton() is None
     machine.setenv("CC", given)
@@ -240,7 +242,7 @@ def test_what_triton_would_take_for_a_compiler_and_is_none_is_named(machine, giv
     assert f"CC={given} is not a program" in reason_against_triton()
 
 
-def test_without_pythons_headers_triton_is_not_used(machine, tmp_path):
+def test_kernels_require_the_headers_of_python(machine, tmp_path):
     machine.setattr(device.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
     machine.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert f"{tmp_path} contains no Python.h. Install python3-dev" in reason_against_triton()
@@ -249,7 +251,7 @@ def test_without_pythons_headers_triton_is_not_used(machine, tmp_path):
     assert reason_against_triton() is None
 
 
-def test_packing_weights_can_be_undone():
+def test_unpacked_weights_equal_the_original_weights():
     decoder, planes = scene(width=32, layers=5)
     weights = decoder.field(Triplane(planes)).weights
     packed = fused.pack(weights, torch.float32)
@@ -259,7 +261,7 @@ def test_packing_weights_can_be_undone():
         assert torch.equal(a, b)
 
 
-def test_the_first_packed_matrix_maps_inputs_to_outputs_by_hand():
+def test_the_layout_of_packed_matrices():
     weights = [torch.zeros(16), torch.zeros(16, 16), torch.zeros(16), torch.zeros(4, 16), torch.zeros(4)]
     weights[1][3, 7] = 5.0  # output 3 of input 7
     weights[3][2, 11] = 6.0
@@ -270,7 +272,7 @@ def test_the_first_packed_matrix_maps_inputs_to_outputs_by_hand():
 
 
 @pytest.mark.parametrize("name", ["A100 80GB", "H100", "H200", "B200", "L4", "L40S", "RTX 4090", "RTX 5090"])
-def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(name):
+def test_the_scratch_buffer_is_smaller_than_a_quarter_of_the_l2_cache(name):
     gpu = require_gpu(name).properties
     planes, t = (
         torch.empty(3, 64, 64, 64, dtype=torch.bfloat16, device="meta"),
@@ -284,7 +286,7 @@ def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(name):
     assert launch.scratch < gpu.l2 / 4
 
 
-def test_flops_are_those_of_the_layers_counted_by_hand():
+def test_flops_of_the_fused_decoder():
     decoder, planes = scene(width=16, layers=4)
     field = decoder.field(Triplane(planes))
     mlp = fused.pack(field.weights, torch.float32)
@@ -304,7 +306,7 @@ def test_flops_are_those_of_the_layers_counted_by_hand():
     )
 
 
-def test_gradients_are_added_to_contiguous_float32_only():
+def test_accumulated_gradients_must_be_contiguous_and_float32():
     decoder, planes = scene()
     field = decoder.field(Triplane(planes))
     mlp, rays, t = fused.pack(field.weights, torch.float32), torch.zeros(2, 3, 3), torch.zeros(2, 3, 5)
@@ -315,7 +317,7 @@ def test_gradients_are_added_to_contiguous_float32_only():
             fused.accumulate_gradient(total, torch.zeros(2, 3, 5, 4), *given)
 
 
-def test_wrong_shapes_and_types_are_refused():
+def test_invalid_shapes_and_dtypes_are_errors():
     decoder, planes = scene()
     field = decoder.field(Triplane(planes))
     mlp = fused.pack(field.weights, torch.float32)
@@ -331,6 +333,6 @@ def test_wrong_shapes_and_types_are_refused():
             fused._check(wrong_planes, wrong_samples, mlp)
 
 
-def test_a_launch_never_has_more_points_than_32_bits_can_count():
+def test_offsets_in_a_launch_fit_into_32_bits():
     grid = rendering.PixelGrid(rows=2**20, columns=2**10, samples=2**7, chunk=2**40)
     assert grid.chunk_rows * grid.columns * grid.samples * 4 < 2**31

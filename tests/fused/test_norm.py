@@ -1,4 +1,4 @@
-"""The modulated norm's kernels without a GPU: Triton's interpreter, and builds for GPUs that are not present."""
+"""Tests of the kernels of the modulated norm without a GPU, with Triton's interpreter and compiler."""
 
 import re
 
@@ -16,7 +16,7 @@ from tests.fused.triton_process import interpreted
 
 
 @pytest.mark.slow
-def test_the_kernels_equal_the_plain_twin_in_values_and_gradients_and_keep_only_x():
+def test_interpreted_kernels_match_the_reference_and_save_only_the_input():
     assert "5 passed, 0 failed" in interpreted("tests.fused.interpreted_norm")
 
 
@@ -24,7 +24,7 @@ def test_the_kernels_equal_the_plain_twin_in_values_and_gradients_and_keep_only_
 @pytest.mark.skipif(triton.__version__ != MEASURED, reason=f"measured with Triton {MEASURED}")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_at_width_1024_the_kernels_do_not_spill_and_load_and_store_vectors(kernel, arch):
+def test_kernels_of_width_1024_do_not_spill_and_use_vector_loads_and_stores(kernel, arch):
     names = kernels.forward.arg_names if kernel == "forward" else kernels.backward.arg_names
     sizes = {"L": "i32", "D": "i32", "eps": "fp32"}
     signature = {name: sizes.get(name, "*fp32") for name in names[:-1]} | {"BLOCK": "constexpr"}
@@ -44,10 +44,10 @@ def test_at_width_1024_the_kernels_do_not_spill_and_load_and_store_vectors(kerne
     assert "0 bytes spill stores" in log
     assert "ld.global.v4.b32" in built.asm["ptx"]
     assert "st.global.v4.b32" in built.asm["ptx"]
-    assert not re.search(r"\b(?:atom|red)\.global", built.asm["ptx"])  # so it repeats bit for bit
+    assert not re.search(r"\b(?:atom|red)\.global", built.asm["ptx"])  # the results are bitwise reproducible
 
 
-def test_where_triton_runs_a_modulated_norm_is_one_operation_without_a_loop_and_elsewhere_the_twin(
+def test_the_modulated_norm_is_one_operation_if_triton_is_available(
     monkeypatch,
 ):
     calls = []

@@ -1,4 +1,4 @@
-"""Training runs with the fused decoder, by reference or interpreted kernels, have the losses of plain operators."""
+"""Compare losses of training runs with the fused decoder and with PyTorch operators."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from tests.runs import largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-#: Few samples: the interpreter takes a fifth of a second for 32 of them.
+#: Settings with few samples, because the interpreter takes 0.2 s for 32 samples.
 TINY = (
     "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.lrm.decoder.width=16",
     "--model.renderer.samples_per_ray=4", "--data.batch_size=2", "--data.crop.size=8", "--trainer.limit_val_batches=0",
 )  # fmt: skip
 
-WAYS = {
+CASES = {
     "ddp": (2, ["ddp"], []),
     "fsdp2": (2, ["fsdp2"], ["--model.parallel.activation_checkpointing_every=1"]),
     "deepspeed_2": (2, ["deepspeed_2"], []),
@@ -21,8 +21,8 @@ WAYS = {
 }
 
 
-#: Strategies that `make test` runs.
-FEW = ("fsdp2",)
+#: Configurations that `make test` runs.
+DEFAULT_CASES = ("fsdp2",)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def plain(runs):
     return runs.losses("plain")
 
 
-def require_plain_losses(runs, plain, way, **how):
-    processes, layers, options = WAYS[way]
-    name = f"{how['module']}-{way}"
+def require_plain_losses(runs, plain, case, **how):
+    processes, layers, options = CASES[case]
+    name = f"{how['module']}-{case}"
     log = runs.run(name, processes, *TINY, *options, layers=layers, limit_s=600, **how)
     assert "Rendering without the fused decoder" not in log
     found = runs.losses(name)
@@ -42,13 +42,13 @@ def require_plain_losses(runs, plain, way, **how):
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[] if way in FEW else [pytest.mark.soak]) for way in WAYS]
+    "case", [pytest.param(case, marks=[] if case in DEFAULT_CASES else [pytest.mark.soak]) for case in CASES]
 )
-def test_every_strategy_trains_fused_as_one_process_does_plainly(runs, plain, way):
-    require_plain_losses(runs, plain, way, module="tests.fused.twin")
+def test_strategies_with_the_fused_decoder_match_one_process_without_it(runs, plain, case):
+    require_plain_losses(runs, plain, case, module="tests.fused.twin")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("way", WAYS)
-def test_every_strategy_trains_with_interpreted_kernels_as_one_process_does_plainly(runs, plain, way):
-    require_plain_losses(runs, plain, way, module="tests.accelerator.run", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("case", CASES)
+def test_strategies_with_interpreted_kernels_match_one_process_without_them(runs, plain, case):
+    require_plain_losses(runs, plain, case, module="tests.accelerator.run", TRITON_INTERPRET="1")

@@ -1,4 +1,4 @@
-"""Run a module in a process of its own, under Triton's interpreter."""
+"""Run a module in a separate process with Triton's interpreter."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""``python -m tests.fused.twin fit ...``: the command line with the reference implementation of the fused decoder."""
+"""Run ``python -m tests.fused.twin fit ...`` with the reference implementation of the fused decoder."""
 
 from lrm_pl.__main__ import main
 from lrm_pl.kernels.device import as_accelerator

@@ -38,9 +38,7 @@ def short_protocol(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_evaluation_has_the_figures_of_one_on_a_cpu(
-    device, networks, short_protocol, pretrained, tmp_path
-):
+def test_metrics_of_an_evaluation_match_a_cpu(device, networks, short_protocol, pretrained, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=1, val=1, views=16, resolution=32)
     found = {}
     for name, choose in ((device.name, device.to_accelerator), ("cpu", device.to_cpu)):
@@ -63,7 +61,7 @@ def test_an_evaluation_has_the_figures_of_one_on_a_cpu(
     assert found["to_accelerator"] == pytest.approx(found["to_cpu"], rel=0.02)
 
 
-def test_a_trained_network_is_exported_and_infers_as_on_a_cpu(
+def test_inference_of_an_exported_network_matches_a_cpu(
     device, networks, lpips_networks, tmp_path, shards, monkeypatch
 ):
     accelerator = "gpu" if device.is_gpu else "cpu"

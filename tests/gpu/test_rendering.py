@@ -40,7 +40,7 @@ def rendered(field, renderer, plain):
     [RayMarching(16), RayMarching(16, 8, "midpoints"), RayMarching(16, unit="chord")],
     ids=str,
 )
-def test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin(device, hidden, dtype, march):
+def test_deferred_rendering_matches_the_reference_in_values_and_gradients(device, hidden, dtype, march):
     torch.manual_seed(0)
     decoder = NeRFDecoder(channels=4, width=32, layers=4, activation=hidden).to(device.name)
     planes = torch.randn(2, 3, 4, 12, 12).to(device.name).requires_grad_()
@@ -65,7 +65,7 @@ def test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin(de
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
-def test_lpips_and_its_gradient_are_those_of_a_cpu(device, lpips_networks, net):
+def test_lpips_and_its_gradient_match_a_cpu(device, lpips_networks, net):
     generator = torch.Generator().manual_seed(0)
     target = torch.nn.functional.interpolate(torch.rand(4, 3, 8, 8, generator=generator), 48, mode="bilinear")
     prediction = (target + 0.1 * torch.randn(target.shape, generator=generator)).clamp(0, 1)

@@ -52,24 +52,24 @@ def run_on(device, runs, name, layer, *options):
     return runs.losses(name)
 
 
-def test_no_trainer_config_is_forgotten(root):
+def test_all_trainer_configs_are_tested(root):
     assert {path.stem for path in (root / "configs/trainer").glob("*.yaml")} == LAYERS.keys() | {"cpu"}
 
 
 @pytest.mark.parametrize(
     "layer", [pytest.param(layer, marks=[] if layer in FEW else [pytest.mark.soak]) for layer in LAYERS]
 )
-def test_a_trainer_config_trains_one_process_as_a_cpu_does(device, runs, on_a_cpu, layer):
+def test_training_with_each_trainer_config_matches_a_cpu(device, runs, on_a_cpu, layer):
     losses = run_on(device, runs, f"{device.name}-{layer}", layer, *LAYERS[layer])
     assert largest_difference(losses, on_a_cpu) <= device.rounding
 
 
-def test_bf16_mixed_trains_near_float32(device, runs, on_a_cpu):
+def test_training_in_bf16_is_close_to_float32(device, runs, on_a_cpu):
     losses = run_on(device, runs, f"{device.name}-bf16", "gpu", "--trainer.precision=bf16-mixed")
     assert largest_difference(losses, on_a_cpu) <= 0.03
 
 
-def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(device, runs, on_a_cpu):
+def test_a_resumed_run_matches_an_uninterrupted_run(device, runs, on_a_cpu):
     name = f"{device.name}-stopped"
     run_on(device, runs, name, "gpu", keep_every(2))
     shutil.rmtree(runs.folder / name / "checkpoints" / "step-00000004")

@@ -1,4 +1,4 @@
-"""Plain reference implementation of OpenLRM 1.1 with its own names.
+"""Reference implementation of OpenLRM 1.1 with the key names of the published weights.
 
 From the published description of the network and the names in its weights; checked against answers of the original
 code, where they are at hand (``test_goldens.py``).
@@ -50,7 +50,7 @@ class _EncoderBlock(nn.Module):
 
 
 class _DinoV2(nn.Module):
-    """DINOv2 with registers; position embeddings of ``stored`` x ``stored`` patches, resized to the image."""
+    """DINOv2 with registers. The position embeddings of ``stored`` x ``stored`` patches are resized to the image."""
 
     def __init__(self, dim, depth, heads, stored):
         super().__init__()
@@ -114,7 +114,7 @@ class _Layer(nn.Module):
 
 
 class OpenLRM(nn.Module):
-    """The network; ``state_dict()`` has the names of the published weights."""
+    """Network of OpenLRM."""
 
     def __init__(
         self, encoder_dim=48, encoder_depth=2, encoder_heads=3, stored=7, camera_dim=32, dim=64, depth=2, heads=4,
@@ -148,7 +148,7 @@ class OpenLRM(nn.Module):
         self.synthesizer.decoder.net = nn.Sequential(*layers, nn.Linear(64, 4))
 
     def planes(self, image, camera):
-        """Images (B, 3, H, W) in [0, 1] and cameras (B, 16), poses OpenGL -> (B, 3, F, S, S)."""
+        """Map images (B, 3, H, W) in [0, 1] and cameras (B, 16) with OpenGL poses to planes (B, 3, F, S, S)."""
         tokens, camera = self.encoder.model(image), self.camera_embedder.mlp(camera)
         x = self.pos_embed.expand(len(image), -1, -1)
         for layer in self.transformer.layers:
@@ -157,7 +157,7 @@ class OpenLRM(nn.Module):
         return torch.stack([self.upsampler(x[:, p].permute(0, 3, 1, 2)) for p in range(3)], dim=1)
 
     def query(self, planes, points):
-        """Planes (B, 3, F, S, S), points (B, Q, 3) -> raw density (B, Q), color (B, Q, 3)."""
+        """Return the raw densities (B, Q) and colors (B, Q, 3) of planes (B, 3, F, S, S) at points (B, Q, 3)."""
         features = []
         for p, pair in enumerate(((0, 1), (0, 2), (2, 1))):
             grid = points[:, None, :, list(pair)]
@@ -166,7 +166,7 @@ class OpenLRM(nn.Module):
         return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
 
     def render(self, planes, origins, directions, coarse, fine, background):
-        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at bin centers and even quantiles.
+        """Return the colors (B, R, 3) and opacities (B, R) of rays (B, R, 3), with evenly spaced samples.
 
         Rays are clipped to the box [-1, 1]^3; samples outside are empty.
         """

@@ -27,7 +27,7 @@ def golden(name):
 
 
 def windows(images, corners):
-    """Cut 24 x 24 windows (B, V, ..., 24, 24) out of images (B, V, ..., H, W)."""
+    """Return crops of shape (B, V, ..., 24, 24) from images of shape (B, V, ..., H, W)."""
     rows = [
         torch.stack(
             [image[..., r : r + 24, c : c + 24] for image, (r, c) in zip(view, at.tolist(), strict=True)]
@@ -48,8 +48,8 @@ def test_openlrm():
     c2w[:, :3] = camera[:, :12].view(2, 3, 4)
     source = (image[:, None], (c2w @ OPENGL)[:, None], camera[:, None, 12:])
     planes = ours(*source).planes
-    # These weights are so large that attention's logits reach 30 000, and float32 itself is 1.3e-3 away from
-    # float64 in a few of the golden's numbers. The same code in float32 on one machine agrees to the bit:
+    # The logits of attention with these weights reach 30,000, so results in float32 differ from float64 by 1.3e-3.
+    # The implementations are therefore compared with each other in float32 on the same machine:
     theirs = OpenLRM()
     theirs.load_state_dict(weights, strict=True)
     theirs.eval()

@@ -17,7 +17,7 @@ from tests.parity.triposr import TripoSR
 
 OPENGL = torch.diag(torch.tensor([1.0, -1, -1, 1]))
 
-#: The third has the encoder's width in the transformer: OpenLRM-base keeps q, k and v together then.
+#: In the third variant, encoder and transformer have equal widths, and q, k and v have one weight as in OpenLRM-base.
 OPENLRM_SIZES = [
     {},
     {
@@ -57,7 +57,7 @@ def sizes_of(size, image_size, samples):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("size", OPENLRM_SIZES)
 @torch.no_grad()
-def test_openlrms_planes_points_and_images_are_ours(size, seed):
+def test_planes_points_and_images_match_openlrm(size, seed):
     theirs = randomized(OpenLRM(**size), seed)
     ours, renderer = built(convert_openlrm(theirs.state_dict(), sizes_of(size, 112, 20)))
     image, c2w = images(2, 112, seed), orbit(2, 2.0, 25.0)
@@ -89,7 +89,7 @@ def test_openlrms_planes_points_and_images_are_ours(size, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("size", TRIPOSR_SIZES)
 @torch.no_grad()
-def test_triposrs_planes_points_and_images_are_ours(size, seed):
+def test_planes_points_and_images_match_triposr(size, seed):
     theirs = randomized(TripoSR(**size), seed)
     ours, renderer = built(convert_triposr(theirs.state_dict(), sizes_of(size, 128, 24)))
     image = images(2, 128, seed)
@@ -100,7 +100,7 @@ def test_triposrs_planes_points_and_images_are_ours(size, seed):
     field, points = ours.field(triplane), torch.rand(2, 300, 3) * 1.7 - 0.85
     sigma, color = theirs.query(expected, points)
     x, y, z = (points / RADIUS).unbind(-1)
-    turned = torch.stack([y, -x, z], dim=-1)  # its +x is our -y
+    turned = torch.stack([y, -x, z], dim=-1)  # the +x axis of TripoSR is the -y axis of this project
     for index in range(2):
         raw, our_color = field.decode(field.sample(field.planes[index], turned[index]), field.weights)
         assert torch.allclose(field.activate(raw), sigma[index], rtol=1e-4)
@@ -116,7 +116,7 @@ def test_triposrs_planes_points_and_images_are_ours(size, seed):
     assert (pixels.over(torch.ones(3)).flatten(1, 3) - rendered).abs().max() < 1e-4
 
 
-def test_triposrs_input_view_is_our_canonical_camera():
+def test_the_input_camera_of_triposr_is_the_canonical_camera():
     theirs = look_at(torch.tensor([1.9, 0.0, 0.0]))
     expected = look_at(torch.tensor([0.0, -1.9 / RADIUS, 0.0]))
     assert torch.allclose(from_triposr_world(theirs), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Plain reference implementation of TripoSR with its own names.
+"""Reference implementation of TripoSR with the key names of the published weights.
 
 From the published description of the network and the names in its weights; checked against answers of the original
 code, where they are at hand (``test_goldens.py``).
@@ -41,7 +41,7 @@ class _EncoderLayer(nn.Module):
 
 
 class _Vit(nn.Module):
-    """The vision transformer of transformers 4.35, position embeddings for ``stored`` x ``stored`` patches."""
+    """Vision transformer of transformers 4.35 with position embeddings for ``stored`` x ``stored`` patches."""
 
     def __init__(self, dim, depth, heads, stored):
         super().__init__()
@@ -101,7 +101,7 @@ class _Block(nn.Module):
 
 
 class TripoSR(nn.Module):
-    """The network; ``state_dict()`` has the names of the published weights."""
+    """Network of TripoSR."""
 
     def __init__(
         self, encoder_dim=48, encoder_depth=2, encoder_heads=3, stored=4, dim=64, depth=2, heads=4, side=8,
@@ -121,7 +121,7 @@ class TripoSR(nn.Module):
         self.decoder = _module(layers=nn.Sequential(*layers, nn.Linear(width, 4)))
 
     def planes(self, image):
-        """Images (B, 3, H, W) in [0, 1] -> (B, 3, F, S, S)."""
+        """Map images (B, 3, H, W) in [0, 1] to planes (B, 3, F, S, S)."""
         tokens, back = self.image_tokenizer.model(image), self.backbone
         embeddings = self.tokenizer.embeddings
         start = embeddings.transpose(0, 1).flatten(1).expand(len(image), -1, -1)  # (B, D, 3 s s)
@@ -132,7 +132,7 @@ class TripoSR(nn.Module):
         return torch.stack([self.post_processor.upsample(x[:, :, p]) for p in range(3)], dim=1)
 
     def query(self, planes, points):
-        """Planes (B, 3, F, S, S), points (B, Q, 3) in its own world -> density (B, Q), color (B, Q, 3)."""
+        """Return the densities (B, Q) and colors (B, Q, 3) of planes (B, 3, F, S, S) at points (B, Q, 3) of TripoSR."""
         features = []
         for p, pair in enumerate(((0, 1), (0, 2), (1, 2))):
             grid = (points / RADIUS)[:, None, :, list(pair)]
@@ -141,14 +141,14 @@ class TripoSR(nn.Module):
         return torch.exp(out[..., 0] - 1), torch.sigmoid(out[..., 1:])
 
     def render(self, planes, origins, directions, samples):
-        """Rays (B, R, 3) in its own world -> colors (B, R, 3) over white."""
+        """Return the colors (B, R, 3) of rays (B, R, 3) in the coordinates of TripoSR over white."""
         low, high = (-RADIUS - origins) / directions, (RADIUS - origins) / directions
         near, far = torch.minimum(low, high).amax(-1).clamp_min(0), torch.maximum(low, high).amin(-1)
         share = (torch.arange(samples) + 0.5) / samples
         t = near[..., None] * (1 - share) + far[..., None] * share
         points = origins[..., None, :] + t[..., None] * directions[..., None, :]
         sigma, rgb = self.query(planes, points.flatten(1, 2))
-        alpha = 1 - torch.exp(-sigma.view(t.shape) / samples)  # a chord is 1 long
+        alpha = 1 - torch.exp(-sigma.view(t.shape) / samples)  # the length of a chord is 1
         alpha = torch.where((far > near)[..., None], alpha, 0)
         through = torch.cumprod(F.pad(1 - alpha + 1e-10, (1, 0), value=1.0), dim=-1)[..., :-1]
         weights = alpha * through

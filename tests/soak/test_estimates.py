@@ -44,7 +44,7 @@ def images(tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
-def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(case, images, tmp_path, root):
+def test_the_estimated_memory_is_within_15_percent_of_a_real_run(case, images, tmp_path, root):
     def run(command, *arguments):
         line = [sys.executable, "-m", "lrm_pl", command, *CASES[case], *arguments]
         return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=800, check=True).stdout

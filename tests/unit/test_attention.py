@@ -23,7 +23,7 @@ def outcome(body, tensors):
 
 
 @pytest.mark.parametrize("scores", [1, 500, 10**9])  # a row at a time, ten rows, all at once
-def test_blocks_give_the_values_and_gradients_of_the_plain_twin(monkeypatch, scores):
+def test_blocks_match_the_reference_in_values_and_gradients(monkeypatch, scores):
     monkeypatch.setattr(kernel, "_SCORES", scores)
     tensors = qkv()
     for ours, theirs in zip(
@@ -33,7 +33,7 @@ def test_blocks_give_the_values_and_gradients_of_the_plain_twin(monkeypatch, sco
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_in_bf16_blocks_are_as_near_to_the_truth_as_the_plain_twin():
+def test_blocks_in_bf16_are_as_accurate_as_the_reference():
     exact = outcome(attention_plain, qkv(queries=300, keys=200))
     rounded = qkv(queries=300, keys=200, dtype=torch.bfloat16)
     ours, theirs = outcome(attention_in_blocks, rounded), outcome(attention_plain, rounded)
@@ -42,7 +42,7 @@ def test_in_bf16_blocks_are_as_near_to_the_truth_as_the_plain_twin():
         assert (found - truth).norm() < 1.2 * (other - truth).norm()
 
 
-def test_one_thread_or_three_give_the_same_bits():
+def test_results_with_one_and_three_threads_are_bitwise_equal():
     results = []
     before = torch.get_num_threads()
     for threads in (1, 3):
@@ -57,14 +57,14 @@ def test_one_thread_or_three_give_the_same_bits():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # the checks' own copies
-def test_the_op_passes_pytorchs_own_checks():
+def test_the_operator_passes_opcheck():
     torch.library.opcheck(
         torch.ops.lrm_pl.attention_in_blocks,
         tuple(x.detach().contiguous().requires_grad_() for x in qkv(1, 2, 9, 7, 4)),
     )
 
 
-def test_many_scores_are_computed_in_blocks_and_few_at_once(monkeypatch):
+def test_only_large_scores_are_computed_in_blocks(monkeypatch):
     ran = []
     for name in ("attention_in_blocks", "attention_plain"):
         body = getattr(chooser, name)
@@ -75,7 +75,7 @@ def test_many_scores_are_computed_in_blocks_and_few_at_once(monkeypatch):
     assert ran == ["attention_plain", "attention_in_blocks"]
 
 
-def test_no_scores_are_kept_for_backward():
+def test_no_scores_are_saved_for_backward():
     saved = []
     q, k, v = qkv(1, 1, 400, 400)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -84,7 +84,7 @@ def test_no_scores_are_kept_for_backward():
     assert max(saved) == 400 * 8
 
 
-def test_tensors_of_several_dtypes_are_refused():
+def test_different_dtypes_are_an_error():
     q, k, v = qkv()
     with pytest.raises(
         ValueError, match=r"of one dtype on the CPU, but found torch\.float32 on cpu, torch\.bfloat16"
@@ -92,7 +92,7 @@ def test_tensors_of_several_dtypes_are_refused():
         attention_in_blocks(q, k.bfloat16(), v)
 
 
-def test_it_runs_under_inference_mode_on_several_threads():
+def test_attention_runs_in_inference_mode_on_several_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

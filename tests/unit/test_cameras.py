@@ -24,7 +24,7 @@ def test_look_at_gives_the_hand_computed_pose_from_plus_x_above():
     assert torch.allclose(look_at(torch.tensor([3.0, 0.0, 4.0])), expected, atol=1e-6)
 
 
-def test_a_camera_straight_above_is_refused():
+def test_a_camera_directly_above_the_target_is_an_error():
     with pytest.raises(ValueError, match="directly above or directly below"):
         look_at(torch.tensor([0.0, 0.0, 2.0]))
 
@@ -35,7 +35,7 @@ def test_an_orbit_starts_on_minus_y_and_turns_towards_plus_x():
     assert torch.allclose(poses[:, :3, 3], expected, atol=1e-6)
 
 
-def test_canonicalising_puts_the_input_camera_on_minus_y_at_its_own_distance():
+def test_the_canonical_input_camera_is_on_minus_y_at_the_same_distance():
     positions = torch.tensor([[1.0, 2.0, 2.0], [-1.0, 0.5, 0.2]])
     poses = canonicalize(look_at(positions))
     expected = CANONICAL.clone()
@@ -43,7 +43,7 @@ def test_canonicalising_puts_the_input_camera_on_minus_y_at_its_own_distance():
     assert torch.allclose(poses[0], expected, atol=1e-6)
 
 
-def test_canonicalising_keeps_what_every_camera_sees():
+def test_canonicalization_preserves_projections():
     # A world point and its rotated image project to the same place in the old and the new cameras.
     poses = look_at(torch.tensor([[1.0, 2.0, 2.0], [-2.0, 0.5, 0.2], [0.3, -2.5, -1.0]]))
     turned = canonicalize(poses)
@@ -55,14 +55,14 @@ def test_canonicalising_keeps_what_every_camera_sees():
     assert math.isclose(torch.linalg.det(rotation).item(), 1.0, abs_tol=1e-5)
 
 
-def test_a_camera_that_looks_past_the_origin_is_still_only_rotated_about_it():
+def test_canonicalization_only_rotates_about_the_origin():
     pose = look_at(torch.tensor([0.0, 2.0, 0.0]), target=(1.0, 0.0, 0.0))
     turned = canonicalize(pose[None])[0]
     assert torch.allclose(turned[:3, :3], CANONICAL[:3, :3], atol=1e-6)
     assert math.isclose(turned[:3, 3].norm().item(), 2.0, abs_tol=1e-6)
 
 
-def test_intrinsics_follow_a_crop_by_hand():
+def test_intrinsics_of_a_crop():
     # A 100 x 200 image (H x W), f = 0.5 widths = 100 px, f = 1 height = 100 px, center (100, 50) px. The window of
     # 50 rows x 40 columns at row 10, column 60: fx = 100 / 40, fy = 100 / 50,
     # cx = (100 - 60) / 40, cy = (50 - 10) / 50.
@@ -70,7 +70,7 @@ def test_intrinsics_follow_a_crop_by_hand():
     assert torch.allclose(cropped, torch.tensor([2.5, 2.0, 1.0, 0.8]))
 
 
-def test_the_camera_vector_is_the_pose_row_by_row_then_focal_then_principal_point():
+def test_the_order_of_elements_in_the_camera_vector():
     pose = torch.arange(16.0).view(4, 4)
     vector = camera_vector(pose, torch.tensor([16.0, 17.0, 18.0, 19.0]))
     assert vector.tolist() == list(range(20))

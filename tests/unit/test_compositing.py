@@ -39,7 +39,7 @@ def test_two_samples_by_hand():
     assert math.isclose(pixels.depth.item(), (1.25 * first + 1.75 * second) / (first + second), rel_tol=1e-6)
 
 
-def test_over_a_background_the_rest_of_the_light_comes_from_it():
+def test_compositing_over_a_background():
     pixels = composite(
         torch.tensor([[2.0]]), torch.zeros(1, 1, 3), torch.tensor([[1.0]]), torch.tensor([[0.5]])
     )
@@ -48,7 +48,7 @@ def test_over_a_background_the_rest_of_the_light_comes_from_it():
     )
 
 
-def test_huge_densities_give_no_nan_in_values_or_gradients():
+def test_large_densities_have_finite_values_and_gradients():
     sigma = torch.tensor([[0.0, 1e4, 6e4]], requires_grad=True)
     pixels = composite(sigma, torch.ones(1, 3, 3), torch.tensor([[1.0, 2, 3]]), torch.tensor([[1.0]]))
     (pixels.rgb.sum() + pixels.depth.sum()).backward()
@@ -56,7 +56,7 @@ def test_huge_densities_give_no_nan_in_values_or_gradients():
     assert sigma.grad.isfinite().all()
 
 
-def test_jitter_moves_samples_inside_their_bins_only():
+def test_jittered_samples_remain_in_their_bins():
     near, far = torch.tensor([1.0]), torch.tensor([3.0])
     low, width = sample_stratified(near, far, 4, torch.tensor([0.0]))
     high, _ = sample_stratified(near, far, 4, torch.tensor([0.999]))
@@ -75,7 +75,7 @@ def test_compositing_is_float32_under_autocast():
     assert torch.equal(pixels.rgb, expected.rgb)
 
 
-def test_importance_samples_are_where_the_weight_is_by_hand():
+def test_positions_of_importance_samples():
     # Weight 1 on [1, 2] and 3 on [2, 4]: a quarter of the samples evenly over the first, the rest over the second.
     edges, weights = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 3.0]])
     t = sample_importance(edges, weights, 8, torch.tensor([0.5]))
@@ -88,13 +88,13 @@ def test_importance_samples_are_where_the_weight_is_by_hand():
     assert torch.allclose(ends[0, [0, 1, -1]], torch.tensor([1.0, 2.0, 4.0]), atol=1e-3)
 
 
-def test_a_ray_that_saw_nothing_is_sampled_evenly():
+def test_an_empty_ray_is_sampled_uniformly():
     edges = torch.linspace(1, 3, 9)[None]
     t = sample_importance(edges, torch.zeros(1, 8), 4, torch.tensor([0.5]))
     assert torch.allclose(t[0], torch.tensor([1.25, 1.75, 2.25, 2.75]), atol=1e-5)
 
 
-def test_weights_are_widened_to_their_neighbours_by_hand():
+def test_weights_are_blurred_to_their_neighbors():
     # Maxima of neighbors, zero-padded: 0 4 4 0 0; then the mean of neighbors plus the floor.
     assert torch.allclose(
         blur_weights(torch.tensor([[0.0, 4.0, 0.0, 0.0]])), torch.tensor([[2.01, 4.01, 2.01, 0.01]])
@@ -116,14 +116,14 @@ def march_through(march, sigma_of, near=1.0, far=3.0):
     "march",
     [RayMarching(33), RayMarching(33, 16), RayMarching(33, 0, "midpoints"), RayMarching(33, 16, "midpoints")],
 )
-def test_a_homogeneous_ray_has_the_closed_form_opacity_however_it_is_marched(march):
+def test_the_opacity_of_a_homogeneous_ray_for_all_marching_settings(march):
     pixels = march_through(march, lambda t: torch.full_like(t, 0.7))
     # Midpoint quadrature omits half a bin at the start and exceeds the end by at most as much.
     slack = 0.7 * 2 / 30 if march.quadrature == "midpoints" else 1e-6
     assert pixels.opacity.item() == pytest.approx(1 - math.exp(-0.7 * 2), abs=slack)
 
 
-def test_density_of_a_chord_does_not_know_how_long_the_chord_is():
+def test_opacity_with_unit_chord_is_independent_of_the_length_of_the_chord():
     opacities = [
         march_through(RayMarching(8, unit="chord"), lambda t: torch.full_like(t, 0.7), far=far).opacity.item()
         for far in (1.5, 3.0, 9.0)
@@ -131,7 +131,7 @@ def test_density_of_a_chord_does_not_know_how_long_the_chord_is():
     assert opacities == pytest.approx([1 - math.exp(-0.7)] * 3)
 
 
-def test_importance_samples_find_a_thin_wall_that_even_ones_blur():
+def test_importance_samples_resolve_a_thin_wall():
     # A wall 0.02 thick of optical depth 3 at t = 2: its opacity is 1 - exp(-3).
     def wall(t):
         return 150.0 * ((t - 2.0).abs() < 0.01) + 5.0 * ((t - 2.0).abs() < 0.05)
@@ -141,7 +141,7 @@ def test_importance_samples_find_a_thin_wall_that_even_ones_blur():
     assert abs(drawn - exact) < 0.05 < abs(even - exact)
 
 
-def test_too_few_even_samples_are_refused():
+def test_too_few_samples_are_an_error():
     with pytest.raises(ValueError, match=r"found 8 samples, of which 8 are importance samples"):
         RayMarching(8, 8)
     with pytest.raises(ValueError, match="at least 4 samples per ray"):

@@ -121,7 +121,7 @@ def train_one_step(encoder, renderer, vgg, **options):
     ],
 )
 @pytest.mark.usefixtures("deterministic")
-def test_no_operator_of_a_training_step_is_refused_on_cuda(encoder, renderer, options, vgg):
+def test_all_operators_of_a_training_step_are_deterministic_on_cuda(encoder, renderer, options, vgg):
     with device.as_accelerator(), Operators() as operators:
         train_one_step(encoder, renderer, vgg, **options)
     assert operators.names >= {
@@ -133,7 +133,7 @@ def test_no_operator_of_a_training_step_is_refused_on_cuda(encoder, renderer, op
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_the_plain_twin_of_sampling_would_be_refused():
+def test_the_reference_for_sampling_is_not_deterministic_on_cuda():
     planes = torch.randn(3, 4, 4, 2, requires_grad=True)
     with Operators() as operators:
         sampled = triplane_kernels.triplane_sample_plain(

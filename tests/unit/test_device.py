@@ -55,7 +55,7 @@ def test_devices_are_compared_in_one_file_only():
     assert not found
 
 
-def test_emptying_the_host_types_sends_cpu_tensors_to_the_accelerators_branches(monkeypatch):
+def test_cpu_tensors_take_the_branches_for_accelerators_without_host_types(monkeypatch):
     assert device.on_cpu(torch.zeros(1))
     assert device.num_threads(torch.device("cpu")) == torch.get_num_threads()
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
@@ -65,7 +65,7 @@ def test_emptying_the_host_types_sends_cpu_tensors_to_the_accelerators_branches(
     assert device.points_per_chunk(torch.device("cpu")) == 262144
 
 
-def test_every_process_of_a_node_gets_a_gpu_of_its_own(monkeypatch):
+def test_each_process_of_a_node_uses_a_different_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
@@ -76,7 +76,7 @@ def test_every_process_of_a_node_gets_a_gpu_of_its_own(monkeypatch):
     assert device.num_visible_gpus("auto") == device.num_visible_gpus("gpu") == 4
 
 
-def test_the_device_that_is_named_is_waited_for(monkeypatch):
+def test_synchronize_waits_for_the_given_device(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     device.synchronize(torch.device("cuda:3"))
@@ -84,7 +84,7 @@ def test_the_device_that_is_named_is_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nonsense"])
-def test_a_device_that_is_not_here_is_refused_by_name(name):
+def test_an_unavailable_device_is_an_error(name):
     with pytest.raises(InputError, match=name):
         device.choose_device(name)
 
@@ -102,7 +102,7 @@ def matmul_precision():
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.usefixtures("matmul_precision")
-def test_without_tf32_convolutions_and_products_are_float32_and_the_switches_come_back(precision):
+def test_without_tf32_restores_the_settings(precision):
     torch.set_float32_matmul_precision(precision)
     assert tf32_switches() == (True, precision)  # PyTorch's default for convolutions
     with device.without_tf32():
@@ -134,12 +134,12 @@ def launches(source):
     yield from visit(ast.parse(source), False)
 
 
-def test_a_launch_without_a_guard_is_recognized():
+def test_a_launch_without_a_guard_is_found():
     source = "kernels.forward[(1,)](x)\nwith launch_guard(x.device):\n    kernels.forward[(1,)](x)"
     assert list(launches(source)) == [(1, False), (3, True)]
 
 
-def test_every_triton_launch_makes_the_device_of_its_tensors_current():
+def test_all_triton_launches_have_a_guard():
     found = [
         (path.name, line, guarded)
         for path in sorted((ROOT / "lrm_pl").rglob("*.py"))
@@ -149,7 +149,7 @@ def test_every_triton_launch_makes_the_device_of_its_tensors_current():
     assert all(guarded for *_, guarded in found), found
 
 
-def test_the_launch_guard_of_a_gpu_is_pytorchs_own_and_of_a_cpu_nothing(monkeypatch):
+def test_the_launch_guard_of_a_gpu_and_a_cpu(monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda which: entered.append(which) or contextlib.nullcontext())
     with device.launch_guard(torch.device("cuda:3")), device.launch_guard(torch.device("cpu")):
@@ -162,7 +162,7 @@ class WithoutStreams:
     Event = torch.cpu.Event if hasattr(torch.cpu, "Event") else object
 
 
-def test_a_device_without_streams_copies_at_once(monkeypatch):
+def test_copies_on_a_device_without_streams_are_synchronous(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: WithoutStreams)
     stream, source, into = device.CopyStream(torch.device("cpu")), torch.arange(3.0), torch.zeros(3)
     with stream.after_current():
@@ -174,6 +174,6 @@ def test_a_device_without_streams_copies_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hpu", "privateuseone", "cuda:99", "nonsense", "meta"])
-def test_a_device_that_is_not_there_is_refused_by_name(name):
+def test_a_nonexistent_device_is_an_error(name):
     with pytest.raises(InputError, match=f"expected a device such as cpu or cuda, but found '{name}'"):
         device.choose_device(name)

@@ -44,7 +44,7 @@ class Ball:
         return 40 * torch.sigmoid(raw * 4) * (raw > -4)
 
 
-def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
+def test_a_coarse_to_fine_grid_has_the_same_surface_as_a_full_grid():
     ball = Ball()
     full = density_grid(ball, 0, 97)
     coarse = density_grid(ball, 0, 97, threshold=20.0)
@@ -58,7 +58,7 @@ def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
     assert full.density[10, 50, 70] == query_density(ball, 0, point).item()
 
 
-def test_the_mesh_of_a_ball_is_a_ball_with_its_colors_and_its_faces_outward():
+def test_the_mesh_of_a_ball_has_correct_colors_and_orientation():
     mesh = extract_mesh(Ball(), 0, 20.0, resolution=96)
     distance = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(distance - RADIUS).max() < 2 / 95
@@ -67,7 +67,7 @@ def test_the_mesh_of_a_ball_is_a_ball_with_its_colors_and_its_faces_outward():
     assert is_closed(mesh)
 
 
-def test_what_the_renderer_never_draws_is_not_in_the_mesh():
+def test_the_mesh_contains_only_the_region_inside_the_bounds():
     ball = Ball()
     ball.activate = lambda raw: torch.full_like(raw, 40.0)  # dense everywhere, in the corners too
     mesh = extract_mesh(ball, 0, 20.0, resolution=48, bounds="sphere")
@@ -77,7 +77,7 @@ def test_what_the_renderer_never_draws_is_not_in_the_mesh():
         extract_mesh(ball, 0, 20.0, resolution=48)
 
 
-def test_the_threshold_is_the_density_where_images_see_the_surface():
+def test_the_threshold_is_the_density_at_the_rendered_surface():
     # In the middle of the soft rim the density is 20; rays end a little inside of it, and never at its outer edge.
     ball = Ball()
     camera = InputCamera(2.6, 50.0)
@@ -93,12 +93,12 @@ def test_the_threshold_is_the_density_where_images_see_the_surface():
 
 
 @pytest.mark.parametrize("threshold", [41.0, -1.0])
-def test_a_field_without_a_surface_says_what_densities_it_has(threshold):
+def test_the_error_for_a_field_without_a_surface_contains_the_densities(threshold):
     with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, but found densities from 0 to 40"):
         extract_mesh(Ball(), 0, threshold, resolution=32)
 
 
-def test_what_reaches_the_faces_of_the_box_is_closed_there():
+def test_the_surface_is_closed_at_the_faces_of_the_box():
     ball = Ball()
     ball.decode = lambda points, weights: ((0.45 - points[:, :2].norm(dim=-1)) / 0.05, (points + 1) / 2)
     mesh = extract_mesh(ball, 0, 20.0, resolution=64)  # a column through two faces
@@ -107,14 +107,14 @@ def test_what_reaches_the_faces_of_the_box_is_closed_there():
     assert volume(mesh) == pytest.approx(math.pi * 0.45**2 * 2, rel=0.04)
 
 
-def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
+def test_density_only_on_the_faces_of_the_box_is_not_a_surface():
     ball = Ball()
     ball.decode = lambda points, weights: ((points.abs().amax(dim=-1) - 0.99) * 100, points)
     with pytest.raises(NoSurfaceError, match="both sides of 20, but found densities from 0 to"):
         extract_mesh(ball, 0, 20.0, resolution=64)
 
 
-def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
+def test_a_surface_with_too_few_faces_is_an_error(monkeypatch):
     monkeypatch.setattr(
         "lrm_pl.meshing.surface.decimate", lambda vertices, faces, most: (vertices[:0], faces[:0])
     )
@@ -130,7 +130,7 @@ RENDERERS = {
 
 
 @pytest.mark.parametrize("kind", RENDERERS)
-def test_skipping_empty_space_and_hidden_samples_does_not_change_the_image(kind):
+def test_empty_space_skipping_does_not_change_the_image(kind):
     ball, renderer = Ball(), RENDERERS[kind]
     cameras = orbit(3, 2.6, 20.0)[None], CAMERA.expand(1, 3, 4)
     whole = renderer(ball, *cameras, (32, 32))
@@ -148,7 +148,7 @@ def test_skipping_empty_space_and_hidden_samples_does_not_change_the_image(kind)
 
 
 @pytest.mark.parametrize("kind", RENDERERS)
-def test_an_accelerator_draws_the_same_points_and_image_and_waits_once_a_segment(kind):
+def test_skipping_on_an_accelerator_matches_a_cpu_and_synchronizes_once_per_segment(kind):
     ball, renderer = Ball(), RENDERERS[kind]
     rays = renderer.rays(orbit(1, 2.6, 20.0)[None], CAMERA.expand(1, 1, 4), (16, 16))
     occupancy = measure_occupancy(ball, 0, 32)
@@ -166,14 +166,14 @@ def test_an_accelerator_draws_the_same_points_and_image_and_waits_once_a_segment
     assert not operators.calls["aten::_local_scalar_dense"]
 
 
-def test_a_coarse_to_fine_grid_waits_for_a_gpu_once():
+def test_a_coarse_to_fine_grid_synchronizes_once():
     with device.as_accelerator(), Operators() as operators:
         density_grid(Ball(), 0, 33, threshold=20.0)
     assert operators.calls["aten::nonzero"] == 1
     assert not operators.calls["aten::_local_scalar_dense"]
 
 
-def test_a_random_triplane_is_drawn_as_it_is_rendered():
+def test_a_random_triplane_is_rendered_equally_with_and_without_skipping():
     torch.manual_seed(0)
     decoder = NeRFDecoder(4, 8, 3, density_bias=-6.0)
     field = decoder.field(Triplane(20 * torch.randn(2, 3, 4, 8, 8)))
@@ -186,7 +186,7 @@ def test_a_random_triplane_is_drawn_as_it_is_rendered():
     assert (skipped.over(torch.ones(3)) - whole.over(torch.ones(3))).abs().max() < 1 / 255
 
 
-def test_points_are_read_alike_in_chunks_and_threads():
+def test_queries_are_independent_of_chunks_and_threads():
     torch.manual_seed(0)
     field = NeRFDecoder(4, 8, 3).field(Triplane(torch.randn(1, 3, 4, 8, 8)))
     points = torch.rand(40_000, 3) * 2 - 1
@@ -196,7 +196,7 @@ def test_points_are_read_alike_in_chunks_and_threads():
         assert torch.allclose(query_color(field, 0, points), color, atol=1e-6)
 
 
-def test_an_image_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from():
+def test_an_image_is_reconstructed_as_a_mesh_and_frames_from_the_input_camera():
     network = tiny_lrm(depth=1).eval()
     with torch.no_grad():
         network.decoder.layers[-1].weight[0] *= 30
@@ -225,7 +225,7 @@ def test_the_input_camera_is_canonical():
     assert camera.fxfycxcy[0].item() == pytest.approx(0.5 / math.tan(math.radians(30)))
 
 
-def test_alpha_is_put_over_white_and_wrong_images_are_refused_with_the_remedy():
+def test_alpha_is_composited_over_white_and_invalid_images_are_errors():
     network = tiny_lrm(depth=1).eval()
     rgba = torch.rand(4, 28, 28)
     over = rgba[:3] * rgba[3:] + 1 - rgba[3:]
@@ -249,7 +249,7 @@ def test_alpha_is_put_over_white_and_wrong_images_are_refused_with_the_remedy():
         InputCamera(fov_deg=190.0)
 
 
-def test_a_box_that_is_wholly_occupied_is_drawn_as_it_is_rendered_up_to_its_faces():
+def test_a_fully_occupied_box_is_rendered_equally_with_and_without_skipping():
     # Importance samples lie on the faces themselves, where rounding may put them outside by an ulp.
     torch.manual_seed(0)
     field = NeRFDecoder(4, 8, 3, density_bias=2.0).field(Triplane(5 * torch.randn(1, 3, 4, 8, 8)))
@@ -263,7 +263,7 @@ def test_a_box_that_is_wholly_occupied_is_drawn_as_it_is_rendered_up_to_its_face
         assert (skipped.rgb - whole.rgb).abs().max() < 1 / 255
 
 
-def test_the_lookup_of_cells_is_the_same_with_numba_and_without():
+def test_the_occupancy_lookup_with_and_without_numba():
     torch.manual_seed(0)
     cells, points = torch.rand(5, 5, 5) > 0.5, torch.rand(500, 3) * 2.2 - 1.1
     size = len(cells)
@@ -287,7 +287,7 @@ class Sheet(Ball):
         return 40.0 * (raw > 0) + 1.0 * (raw > -4)
 
 
-def test_a_thin_wall_with_a_haze_about_it_is_found_coarse_to_fine():
+def test_a_coarse_to_fine_grid_resolves_a_thin_wall():
     full, coarse = density_grid(Sheet(), 0, 65), density_grid(Sheet(), 0, 65, threshold=20.0)
     assert (full.density > 20).sum() > 4000
     assert torch.equal(full.density > 20, coarse.density > 20)

@@ -14,7 +14,7 @@ def layer(dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])
-def test_the_body_is_as_near_to_float32_as_its_twin(act):
+def test_the_fused_layer_is_as_accurate_as_the_reference(act):
     x, weight, bias = layer()
     with torch.no_grad():
         exact = linear_plain(x.float(), weight, bias, act)
@@ -28,7 +28,7 @@ def test_the_body_is_as_near_to_float32_as_its_twin(act):
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])
-def test_where_a_gradient_is_wanted_or_in_float32_it_is_the_twin(act):
+def test_the_reference_is_used_with_gradients_and_in_float32(act):
     x, weight, bias = layer()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_activated(x, weight, bias, act), linear_plain(x, weight, bias, act))
@@ -37,7 +37,7 @@ def test_where_a_gradient_is_wanted_or_in_float32_it_is_the_twin(act):
         assert torch.equal(linear_activated(x, weight, bias, act), linear_plain(x, weight, bias, act))
 
 
-def test_pytorchs_counter_sees_its_products():
+def test_flops_of_the_fused_layer_are_counted():
     x, weight, bias = layer()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear_activated(x, weight, bias, "silu")

@@ -35,7 +35,7 @@ def test_modln_shifts_and_scales_by_hand():
     assert torch.allclose(out, torch.tensor([[[-1.5, 2.0]]]), atol=1e-4)
 
 
-def test_modln_is_the_same_function_with_gradients_and_without():
+def test_modln_returns_the_same_result_with_and_without_gradients():
     torch.manual_seed(0)
     layer, x, camera = ModLN(6, 3), torch.randn(2, 5, 6), torch.randn(2, 3)
     for parameter in layer.parameters():
@@ -58,7 +58,7 @@ def test_attention_equals_the_formula_written_out():
     assert torch.allclose(layer(x, context), layer.out(torch.cat(heads, dim=-1)), atol=1e-5)
 
 
-def test_upsampling_keeps_planes_rows_and_columns_apart():
+def test_the_upsampler_preserves_the_order_of_planes_rows_and_columns():
     layer = Upsampler(dim=1, channels=1, factor=2)
     torch.nn.init.ones_(layer.deconvolution.weight)
     torch.nn.init.zeros_(layer.deconvolution.bias)
@@ -72,7 +72,7 @@ def test_the_encoder_returns_class_and_patch_tokens_of_any_image_size():
     assert encoder(torch.rand(2, 3, 40, 40)).shape == (2, 1 + 4 * 4, 384)
 
 
-def test_the_encoder_normalises_images_itself():
+def test_the_encoder_normalizes_images():
     encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=28)
     seen = []
     encoder.vit.forward_features = lambda x: seen.append(x) or torch.zeros(1, 5, 384)
@@ -81,12 +81,12 @@ def test_the_encoder_normalises_images_itself():
     assert torch.allclose(seen[0][0, :, 0, 0], torch.tensor(expected), atol=1e-6)
 
 
-def test_an_image_size_that_patches_do_not_divide_is_refused():
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_an_error():
     with pytest.raises(ValueError, match=r"multiple of 14, but found 30"):
         ImageEncoder("vit_small_patch14_dinov2", image_size=30)
 
 
-def test_a_frozen_encoder_gets_no_gradient_and_all_else_does():
+def test_only_a_frozen_encoder_has_no_gradients():
     model = tiny_lrm()
     c2w, camera = torch.eye(4).expand(2, 1, 4, 4), torch.full((2, 1, 4), 0.5)
     torch.nn.init.normal_(model.transformer.blocks[0].self_norm.modulation[1].weight)
@@ -97,7 +97,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_all_else_does():
     assert all(p.grad is None for p in model.encoder.parameters())
 
 
-def test_the_input_camera_changes_the_triplane_once_modulated():
+def test_the_input_camera_changes_the_triplane_of_a_modulated_network():
     model = tiny_lrm()
     for block in model.transformer.blocks:
         torch.nn.init.normal_(block.cross_norm.modulation[1].weight)
@@ -108,7 +108,7 @@ def test_the_input_camera_changes_the_triplane_once_modulated():
     assert difference.abs().max() > 1e-5
 
 
-def test_the_papers_model_has_the_parameters_that_arithmetic_says_part_by_part():
+def test_the_number_of_parameters_of_the_model_in_the_paper():
     with torch.device("meta"):
         model = LRM(ImageEncoder(), NeRFDecoder())
     D, E, M, F = 1024, 1024, 768, 80
@@ -126,7 +126,7 @@ def test_the_papers_model_has_the_parameters_that_arithmetic_says_part_by_part()
     assert parameters(model) == 452_018_836
 
 
-def test_the_papers_planes_have_the_papers_shape():
+def test_the_shape_of_the_planes_in_the_paper():
     with torch.device("meta"):
         model = LRM(ImageEncoder(), NeRFDecoder())
         triplane = model(torch.empty(1, 1, 3, 512, 512), torch.empty(1, 1, 4, 4), torch.empty(1, 1, 4))
@@ -153,7 +153,7 @@ def modulated(**options):
 
 
 @torch.no_grad()
-def test_the_camera_of_16_numbers_leaves_out_the_last_row_and_none_leaves_out_all():
+def test_camera_vectors_of_20_16_and_0_elements():
     poses = torch.eye(4).expand(2, 1, 4, 4).clone()
     poses[:, :, 3] = torch.tensor([0.0, 0, 0, 7])
     moved = torch.eye(4).expand(2, 1, 4, 4).clone()
@@ -168,7 +168,7 @@ def test_the_camera_of_16_numbers_leaves_out_the_last_row_and_none_leaves_out_al
 
 
 @torch.no_grad()
-def test_every_input_view_and_its_camera_changes_the_planes():
+def test_all_input_views_and_their_cameras_change_the_planes():
     model = modulated(input_views=3)
     plain = planes_of(model, 3)
     for view in range(3):
@@ -184,7 +184,7 @@ def test_every_input_view_and_its_camera_changes_the_planes():
 
 
 @torch.no_grad()
-def test_qk_norm_bounds_attention_whatever_the_size_of_its_weights():
+def test_qk_norm_bounds_the_logits_for_large_weights():
     torch.manual_seed(0)
     x, plain, normed = torch.randn(1, 6, 16), Attention(16, 2), Attention(16, 2, qk_norm=True)
     normed.load_state_dict(plain.state_dict(), strict=False)
@@ -209,7 +209,7 @@ def test_qk_norm_bounds_attention_whatever_the_size_of_its_weights():
     ],
 )
 @torch.no_grad()
-def test_each_family_of_encoders_gives_its_tokens_at_any_image_size(name, prefix):
+def test_number_of_tokens_by_encoder_and_image_size(name, prefix):
     patch = 14 if "14" in name else 16
     encoder = ImageEncoder(name, image_size=3 * patch, dim=48, depth=2, heads=3).eval()
     images = torch.rand(2, 3, 3 * patch, 3 * patch)
@@ -222,14 +222,14 @@ def test_each_family_of_encoders_gives_its_tokens_at_any_image_size(name, prefix
     assert torch.equal(few(images), torch.cat([everything[:, :1], everything[:, prefix:]], dim=1))
 
 
-def test_an_encoder_that_timm_does_not_know_is_refused_with_names_like_it():
+def test_the_error_for_an_unknown_encoder_lists_similar_names():
     with pytest.raises(
         ValueError, match=r"found 'vit_smal_patch14_dinov2'. Use one of vit_small_patch14_dinov2"
     ):
         ImageEncoder("vit_smal_patch14_dinov2")
 
 
-def test_plain_images_are_what_the_encoder_sees_on_demand():
+def test_normalization_of_images_can_be_disabled():
     encoder = ImageEncoder(
         "vit_small_patch14_dinov2", image_size=28, normalize=False, dim=48, depth=1, heads=3
     )
@@ -239,7 +239,7 @@ def test_plain_images_are_what_the_encoder_sees_on_demand():
     assert torch.equal(seen[0], torch.full((1, 3, 28, 28), 0.3))
 
 
-def test_the_decoder_does_what_its_options_say_by_hand():
+def test_options_of_the_decoder():
     def decoded(**options):
         decoder = NeRFDecoder(channels=1, width=1, layers=2, fold=False, **options)
         weights = (torch.ones(1, 3), torch.zeros(1), torch.tensor([[1.0], [0], [50], [-50]]), torch.zeros(4))
@@ -277,12 +277,12 @@ def test_the_decoder_does_what_its_options_say_by_hand():
         ),
     ],
 )
-def test_encoders_that_are_no_plain_vision_transformers_or_do_not_fit_are_refused(options, message):
+def test_unsupported_encoders_and_inconsistent_sizes_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ImageEncoder(**options)
 
 
-def test_widths_that_heads_or_groups_do_not_divide_are_refused():
+def test_indivisible_widths_are_errors():
     with pytest.raises(ValueError, match="a width divisible by the number of heads, 0, but found 16"):
         tiny_lrm(heads=0)
     with pytest.raises(ValueError, match="a width divisible by 32"):

@@ -54,7 +54,7 @@ def same(ours, theirs, **tolerance):
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_every_nth_block_is_computed_again_in_backward_and_gradients_stay_the_same_bits(every):
+def test_checkpointing_every_nth_block_does_not_change_gradients(every):
     network = lrm()
     prepare_blocks(network, ParallelConfig(activation_checkpointing_every=every))
     runs = count_runs(network)
@@ -63,7 +63,7 @@ def test_every_nth_block_is_computed_again_in_backward_and_gradients_stay_the_sa
     assert runs == [2 if number % every == 0 else 1 for number in blocks]
 
 
-def test_a_frozen_block_is_never_computed_twice():
+def test_frozen_blocks_are_not_recomputed():
     network = lrm()
     network.encoder.requires_grad_(False)
     prepare_blocks(network, ParallelConfig(activation_checkpointing_every=1))
@@ -77,7 +77,7 @@ def test_a_frozen_block_is_never_computed_twice():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # dynamo looks at it itself
-def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_plain_ones():
+def test_compiled_blocks_match_uncompiled_blocks():
     torch._dynamo.reset()
     network = lrm()
     names = set(network.state_dict())
@@ -89,14 +89,14 @@ def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_
     assert set(network.state_dict()) == names, "a checkpoint does not depend on it"
 
 
-def test_a_negative_number_of_blocks_is_refused():
+def test_a_negative_number_of_blocks_is_an_error():
     with pytest.raises(
         InputError, match="expected activation_checkpointing_every of 0 or more, but found -1"
     ):
         ParallelConfig(activation_checkpointing_every=-1)
 
 
-def test_recomputed_mlps_keep_their_input_only_and_gradients_stay_the_same_bits():
+def test_recomputed_mlps_save_only_their_input_and_do_not_change_gradients():
     def held(config):
         network, kept = lrm(), []
         prepare_blocks(network, config)

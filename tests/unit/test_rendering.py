@@ -187,7 +187,7 @@ def test_a_sphere_of_constant_density_has_the_closed_form_image():
     assert torch.allclose(pixels.rgb, opacity[..., None] * color, atol=1e-4)
 
 
-def test_the_image_is_not_mirrored_or_turned():
+def test_the_orientation_of_the_image():
     # A blob on the world's +x, -y (near), +z side must show up right of the middle and above it, seen from -y.
     class Blob(ConstantSphere):
         def decode(self, features, weights):
@@ -205,7 +205,7 @@ def test_the_image_is_not_mirrored_or_turned():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_only_the_decoder_is_rounded(dtype):
+def test_autocast_changes_only_the_precision_of_the_decoder(dtype):
     seen = {}
 
     class Spy(TriplaneField):

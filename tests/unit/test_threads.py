@@ -25,7 +25,7 @@ def in_a_new_thread():
     return found[0]
 
 
-def test_a_thread_that_begins_meanwhile_or_afterwards_has_its_usual_number():
+def test_threads_that_start_later_have_the_usual_number_of_intra_op_threads():
     inside, meanwhile = [], []
 
     def work(number):
@@ -38,7 +38,7 @@ def test_a_thread_that_begins_meanwhile_or_afterwards_has_its_usual_number():
     assert (torch.get_num_threads(), in_a_new_thread()) == (3, 3)
 
 
-def test_so_it_is_after_what_the_project_divides_among_threads():
+def test_multithreaded_operations_do_not_change_the_number_of_intra_op_threads():
     attention_in_blocks(*torch.rand(3, 1, 4, 300, 16))
     assert in_a_new_thread() == 3
 

@@ -32,7 +32,7 @@ def test_bilinear_sampling_by_hand():
     assert torch.allclose(values[:, 0], torch.tensor([2.0, 4.0, 1.5, 0.0, 6.0]))
 
 
-def test_each_plane_is_read_along_its_own_axes():
+def test_each_plane_is_sampled_along_its_axes():
     # Plane p holds its column coordinate + 10 x its row coordinate, exact at pixel centers.
     centers = torch.tensor([-0.75, -0.25, 0.25, 0.75])
     plane = centers[None, :] + 10 * centers[:, None]
@@ -44,7 +44,7 @@ def test_each_plane_is_read_along_its_own_axes():
 
 
 @pytest.mark.parametrize("reduce", ["sum", "concat"])
-def test_the_fast_body_equals_its_plain_twin_in_values_and_gradients(reduce):
+def test_sampling_matches_the_reference_in_values_and_gradients(reduce):
     planes, points = planes_and_points()
     results = []
     for sample in (triplane_sample, triplane_sample_plain):
@@ -83,7 +83,7 @@ def test_sampling_is_differentiable_in_the_planes_by_finite_differences():
         assert torch.isclose(leaf.grad[index], difference[0] - difference[1], atol=1e-4)
 
 
-def test_the_op_passes_pytorchs_own_checks():
+def test_the_operator_passes_opcheck():
     planes, points = planes_and_points(count=16)
     axes = [axis for pair in AXES for axis in pair]
     arguments = (planes.requires_grad_(), points, axes, False)
@@ -92,14 +92,14 @@ def test_the_op_passes_pytorchs_own_checks():
     torch.library.opcheck(torch.ops.lrm_pl.triplane_sample.default, arguments)
 
 
-def test_far_away_points_read_zeros():
+def test_samples_of_distant_points_are_zero():
     planes, _ = planes_and_points()
     points = torch.tensor([[1e9, -1e9, 1e30], [torch.inf, -torch.inf, torch.inf]])
     values = triplane_sample(planes, points, AXES, "sum")
     assert torch.equal(values, torch.zeros(2, 5))
 
 
-def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
+def test_the_error_for_invalid_planes_contains_both_shapes():
     with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), but found \(2, 4, 4, 1\)"):
         triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), AXES, "sum")
 
@@ -111,7 +111,7 @@ def on_an_accelerator(monkeypatch):
 
 
 @pytest.mark.parametrize("reduce", ["sum", "concat"])
-def test_an_accelerators_body_equals_the_cpus_and_the_plain_twin_in_values_and_gradients(reduce, monkeypatch):
+def test_sampling_on_an_accelerator_matches_the_cpu_and_the_reference(reduce, monkeypatch):
     planes, points = planes_and_points()
     points = torch.cat([points, torch.tensor([[-1.0, 1.0, 0.0], [1e9, 0.0, -1e9]])])
 
@@ -132,7 +132,7 @@ def test_an_accelerators_body_equals_the_cpus_and_the_plain_twin_in_values_and_g
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduce", ["sum", "concat"])
-def test_an_accelerators_body_accumulates_what_the_cpus_does_and_without_a_graph(reduce, dtype, monkeypatch):
+def test_gradients_on_an_accelerator_match_the_cpu_and_have_no_graph(reduce, dtype, monkeypatch):
     planes, points = planes_and_points()
     values = triplane_sample(planes, points, AXES, reduce)
     grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -144,7 +144,7 @@ def test_an_accelerators_body_accumulates_what_the_cpus_does_and_without_a_graph
     assert torch.allclose(total, expected, atol=1e-4)
 
 
-def test_an_accelerators_body_adds_into_a_view_of_a_larger_tensor(on_an_accelerator):
+def test_gradients_on_an_accelerator_are_added_to_a_view(on_an_accelerator):
     planes, points = planes_and_points()
     grad = torch.ones(len(points), planes.shape[-1])
     both = torch.zeros(2, *planes.shape)
@@ -154,16 +154,16 @@ def test_an_accelerators_body_adds_into_a_view_of_a_larger_tensor(on_an_accelera
 
 
 @pytest.mark.usefixtures("on_an_accelerator")
-def test_an_accelerators_body_reads_zeros_far_away_and_passes_pytorchs_own_checks():
-    test_far_away_points_read_zeros()
+def test_sampling_on_an_accelerator_passes_opcheck():
+    test_samples_of_distant_points_are_zero()
     test_bilinear_sampling_by_hand()
-    test_each_plane_is_read_along_its_own_axes()
-    test_the_op_passes_pytorchs_own_checks()
+    test_each_plane_is_sampled_along_its_axes()
+    test_the_operator_passes_opcheck()
 
 
 @pytest.mark.usefixtures("on_an_accelerator")
 @pytest.mark.parametrize("reduce", ["sum", "concat"])
-def test_no_points_are_sampled_and_accumulated_as_nothing(reduce):
+def test_sampling_without_points_returns_an_empty_tensor(reduce):
     planes, points = planes_and_points(count=0)
     values = triplane_sample(planes, points, AXES, reduce)
     assert values.shape == (0, 5 if reduce == "sum" else 15)

@@ -24,7 +24,7 @@ def test_over_white_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7, 4), (1, 64, 64, 4), (33, 20, 4)])
-def test_over_white_is_its_twin_to_the_bit(shape):
+def test_over_white_is_bitwise_equal_to_the_reference(shape):
     rgba = torch.from_numpy(np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8))
     for found, expected in zip(over_white(rgba), over_white_plain(rgba), strict=True):
         assert torch.equal(found, expected)
@@ -35,7 +35,7 @@ def test_over_white_is_its_twin_to_the_bit(shape):
     [(512, 512, 384, 128), (512, 512, 128, 128), (512, 512, 129, 100), (64, 64, 64, 20), (64, 64, 63, 63),
      (48, 64, 37, 16), (40, 40, 100, 64), (7, 9, 1, 1)],
 )  # fmt: skip
-def test_a_resized_window_is_cut_out_of_what_its_twin_resizes(height, width, side, size):
+def test_a_resized_window_matches_a_crop_of_the_resized_view(height, width, side, size):
     rgba, spare = bytes_of(height, width), side - size
     for top, left in {(0, 0), (spare, spare), (0, spare), (spare // 2, spare // 3)}:
         found = resized_window(rgba, side, top, left, size)
@@ -44,7 +44,7 @@ def test_a_resized_window_is_cut_out_of_what_its_twin_resizes(height, width, sid
         assert (found - expected).abs().max() <= 3e-7
 
 
-def test_an_accelerator_gets_the_bits_and_the_layout_that_a_cpu_gets(monkeypatch):
+def test_views_on_an_accelerator_are_bitwise_equal_to_those_on_a_cpu(monkeypatch):
     rgba = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (2, 3, 5, 7, 4), dtype=np.uint8))
     expected = over_white(rgba)
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
