@@ -103,11 +103,7 @@ def unpack(packed: PackedMLP, width: int) -> tuple[Tensor, ...]:
 
 
 def decode_along_rays_plain(
-    planes: Float[Tensor, "3 S S C"],
-    samples: RaySamples,
-    mlp: PackedMLP,
-    axes: Axes,
-    act: HiddenActivation,
+    planes: Float[Tensor, "3 S S C"], samples: RaySamples, mlp: PackedMLP, axes: Axes, act: HiddenActivation
 ) -> Float[Tensor, "N W K 4"]:
     """Compute ``decode_along_rays`` with PyTorch operators.
 
@@ -131,11 +127,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode_along_rays(
-    planes: Float[Tensor, "3 S S C"],
-    samples: RaySamples,
-    mlp: PackedMLP,
-    axes: Axes,
-    act: HiddenActivation,
+    planes: Float[Tensor, "3 S S C"], samples: RaySamples, mlp: PackedMLP, axes: Axes, act: HiddenActivation
 ) -> Float[Tensor, "N W K 4"]:
     """Evaluate the field at samples along rays without a graph (see the module docstring).
 

@@ -147,11 +147,7 @@ def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor
         ).view(len(points), planes.shape[3] * (len(pairs) if concat else 1))
     out = planes.new_empty((points.shape[0], planes.shape[3] * (len(pairs) if concat else 1)))
     triplane_numba.sample(
-        planes.detach().numpy(),
-        points.detach().numpy(),
-        np.array(pairs, dtype=np.int64),
-        concat,
-        out.numpy(),
+        planes.detach().numpy(), points.detach().numpy(), np.array(pairs, dtype=np.int64), concat, out.numpy()
     )
     return out
 

@@ -78,9 +78,7 @@ class ImageEncoder(nn.Module):
             )
         except (TypeError, AssertionError, ZeroDivisionError) as error:
             raise InputError(
-                subject=name,
-                expected="a vision transformer with consistent sizes",
-                found=f"{sizes}: {error}",
+                subject=name, expected="a vision transformer with consistent sizes", found=f"{sizes}: {error}"
             ) from error
         if not isinstance(self.vit, VisionTransformer | Eva):
             raise InputError(subject=name, expected="a vision transformer", found=type(self.vit).__name__)

@@ -95,32 +95,21 @@ def _candidates(plan: RunPlan) -> list[tuple[str, str]]:
     """Return command-line options that may reduce memory, and descriptions of their drawbacks."""
     lrm, parallel, objects = plan.module.lrm, plan.module.parallel, plan.shape.objects
     tokens = round((lrm.transformer.tokens.shape[-2] // 3) ** 0.5)
-    depth = len(lrm.transformer.blocks)
-    options = []
-    if objects > 1:
-        batches = next(k for k in range(2, objects + 1) if objects % k == 0)
-        options.append(
-            (f"--trainer.accumulate_grad_batches={plan.accumulate * batches}", "same run, in smaller batches")
-        )
-    if parallel.activation_checkpointing_every != 1:
-        options.append(
-            ("--model.parallel.activation_checkpointing_every=1", "same run, about a third more time")
-        )
-    if not parallel.recompute_mlp and not parallel.activation_checkpointing_every:
-        options.append(("--model.parallel.recompute_mlp=true", "same run, about a twentieth more time"))
-    if plan.processes > 1 and not plan.strategy.endswith(_SHARDED):
-        options.append(
-            ("--trainer.strategy=lrm_pl.training.strategies.FSDP2Strategy", "same run, more communication")
-        )
-    if not lrm.encoder.frozen:
-        options.append(("--model.lrm.encoder.frozen=true", "the encoder is not trained"))
-    if depth > 1:
-        options.append((f"--model.lrm.depth={depth // 2}", "another network: half the depth"))
-    if tokens > 1:
-        options.append(
-            (f"--model.lrm.plane_tokens={tokens // 2}", "another network: half the plane resolution")
-        )
-    return options
+    depth, every = len(lrm.transformer.blocks), parallel.activation_checkpointing_every
+    batches = next((k for k in range(2, objects + 1) if objects % k == 0), 1)
+    shards = plan.strategy.endswith(_SHARDED)
+    options = [
+        (objects > 1, f"trainer.accumulate_grad_batches={plan.accumulate * batches}", "same run, in smaller batches"),
+        (every != 1, "model.parallel.activation_checkpointing_every=1", "same run, about a third more time"),
+        (not (parallel.recompute_mlp or every), "model.parallel.recompute_mlp=true",
+         "same run, about a twentieth more time"),
+        (plan.processes > 1 and not shards, "trainer.strategy=lrm_pl.training.strategies.FSDP2Strategy",
+         "same run, more communication"),
+        (not lrm.encoder.frozen, "model.lrm.encoder.frozen=true", "the encoder is not trained"),
+        (depth > 1, f"model.lrm.depth={depth // 2}", "another network: half the depth"),
+        (tokens > 1, f"model.lrm.plane_tokens={tokens // 2}", "another network: half the plane resolution"),
+    ]  # fmt: skip
+    return [(f"--{setting}", cost) for applies, setting, cost in options if applies]
 
 
 def memory_report(peak: float, options: Sequence[MemoryOption]) -> str:

@@ -82,7 +82,7 @@ def plan_run(
             out of range.
     """
     trainer = config["trainer"]
-    accumulate = trainer["accumulate_grad_batches"]
+    accumulate, steps = trainer["accumulate_grad_batches"], trainer["max_steps"]
     precision = require_supported_precision(str(trainer["precision"]))
     partition = BatchPartition(data.batch_size, world=processes, accumulate=accumulate)
     if module.objective.lpips:
@@ -105,14 +105,5 @@ def plan_run(
     )
     replicas, stage = options.get("replicas", 1), options.get("stage", 0)
     return RunPlan(
-        module,
-        shape,
-        cameras.source,
-        data.batch_size,
-        processes,
-        accumulate,
-        trainer["max_steps"],
-        name,
-        replicas,
-        stage,
+        module, shape, cameras.source, data.batch_size, processes, accumulate, steps, name, replicas, stage
     )

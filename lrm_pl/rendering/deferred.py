@@ -119,9 +119,7 @@ class Rays:
         return march_rays(march, near[index, rays], far[index, rays], noise, evaluate, activate)
 
     def for_each_chunk(
-        self,
-        work: Callable[[int, int, Tensor], None],
-        finish: Callable[[int, int], None] = lambda *_: None,
+        self, work: Callable[[int, int, Tensor], None], finish: Callable[[int, int], None] = lambda *_: None
     ) -> None:
         """Call ``work(thread, object, rays)`` for every chunk, and ``finish(thread, object)`` after each object.
 

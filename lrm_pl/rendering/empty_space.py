@@ -92,11 +92,7 @@ def measure_occupancy(
 
 @torch.no_grad()
 def render_skipping(
-    field: Field,
-    occupancies: Sequence[Occupancy],
-    bundle: RayBundle,
-    march: RayMarching,
-    chunk: int,
+    field: Field, occupancies: Sequence[Occupancy], bundle: RayBundle, march: RayMarching, chunk: int
 ) -> Rendering:
     """Render rays through the field of each object, with samples at bin centers.
 
