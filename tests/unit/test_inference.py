@@ -87,7 +87,7 @@ def test_the_threshold_is_the_density_at_the_rendered_surface():
     mesh = extract_mesh(ball, 0, found, resolution=96)
     radius = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
-    ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # a haze that nothing is seen of
+    ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # no ray is opaque
     with pytest.raises(NoSurfaceError, match=r"found none in any view: densities from 0 to 0\.1\."):
         surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 

@@ -1,6 +1,7 @@
-"""Meshes: simplification, texturing and export."""
+"""Tests of the simplification, texturing and export of meshes."""
 
 import dataclasses
+import functools
 import io
 import json
 import struct
@@ -30,12 +31,18 @@ def by_place(points):
     return np.clip((points + 1) / 2, 0, 1).astype(np.float32)
 
 
+@functools.cache
 def ball(most=1500):
     vertices, faces = decimate(*remove_floaters(*lumps(), 0.5), most)
     return Mesh(vertices, faces, by_place(vertices))
 
 
-def test_parts_below_a_share_of_the_largest_ones_area_go_and_the_rest_stays_as_it_is():
+@functools.cache
+def textured_ball(size):
+    return bake_texture(ball(), by_place, size)
+
+
+def test_components_below_a_fraction_of_the_largest_area_are_removed():
     vertices, faces = lumps()
     share = (BALLS[1][1] / BALLS[0][1]) ** 2  # 1/16
     kept = remove_floaters(vertices, faces, share * 0.8)
@@ -47,16 +54,16 @@ def test_parts_below_a_share_of_the_largest_ones_area_go_and_the_rest_stays_as_i
     assert volume(Mesh(large, ball_faces, large)) == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
 
 
-def test_a_decimated_ball_is_a_closed_ball_of_few_faces():
+def test_a_decimated_ball_is_closed_and_keeps_its_volume():
     mesh = ball(1500)
     assert 1000 < len(mesh.faces) <= 1500
     assert is_closed(mesh)
     assert volume(mesh) == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
     vertices, faces = lumps(16)
-    assert decimate(vertices, faces, len(faces))[1] is faces, "nothing to do"
+    assert decimate(vertices, faces, len(faces))[1] is faces, "an unchanged mesh"
 
 
-def test_vertex_normals_of_a_ball_point_away_from_its_middle():
+def test_vertex_normals_of_a_ball_are_radial():
     mesh = ball()
     normals = vertex_normals(mesh.vertices, mesh.faces)
     radial = mesh.vertices / np.linalg.norm(mesh.vertices, axis=1, keepdims=True)
@@ -65,7 +72,7 @@ def test_vertex_normals_of_a_ball_point_away_from_its_middle():
     np.testing.assert_array_equal(flat, np.tile((0, 0, 1), (3, 1)))
 
 
-def test_texels_show_the_points_that_their_place_says():
+def test_texel_points_equal_values_computed_by_hand():
     # one triangle that fills half of an image of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
     uv = np.array([(0, 0), (1, 0), (0, 1)], dtype=np.float32)
     vertices = np.array([(0, 0, 5), (1, 0, 5), (0, 2, 5)], dtype=np.float32)
@@ -78,10 +85,10 @@ def test_texels_show_the_points_that_their_place_says():
     np.testing.assert_allclose(places[covered], expected, atol=1e-6)
 
 
-def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
+def test_charts_of_a_texture_are_separated_by_the_padding():
     mesh = ball()
     atlas = unwrap(mesh.vertices, mesh.faces, 256, 60.0)
-    assert all(200 < side < 400 for side in atlas.size)  # about what was asked for
+    assert all(200 < side < 400 for side in atlas.size)  # approximately the requested size
     _, covered = texel_points(mesh.vertices[atlas.source], atlas)
     edges = np.concatenate([atlas.faces[:, [0, 1]], atlas.faces[:, [1, 2]]])
     joined = coo_array((np.ones(len(edges)), edges.T), shape=(len(atlas.uv),) * 2)
@@ -97,8 +104,8 @@ def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
         assert others.query(places)[0].min() >= PADDING - 1
 
 
-def test_a_baked_texture_shows_the_colors_of_the_places_on_the_surface():
-    mesh = bake_texture(ball(), by_place, 256)
+def test_a_baked_texture_has_the_colors_of_the_surface_points():
+    mesh = textured_ball(256)
     rng = np.random.default_rng(0)
     face = rng.integers(len(mesh.faces), size=4000)
     weights = rng.dirichlet((1, 1, 1), size=4000)
@@ -113,15 +120,15 @@ def test_a_baked_texture_shows_the_colors_of_the_places_on_the_surface():
     assert volume(mesh) == pytest.approx(volume(ball()), rel=1e-5)
 
 
-def test_normals_at_the_seams_of_a_texture_are_those_of_the_whole_surface():
-    plain, mesh = ball(), bake_texture(ball(), by_place, 256)
+def test_vertex_normals_are_smooth_across_texture_seams():
+    plain, mesh = ball(), textured_ball(256)
     assert len(mesh.vertices) > len(plain.vertices)
     normals = vertex_normals(mesh.vertices, mesh.faces)
     expected = dict(zip(map(bytes, plain.vertices), vertex_normals(plain.vertices, plain.faces), strict=True))
     np.testing.assert_allclose(normals, [expected[bytes(place)] for place in mesh.vertices], atol=1e-5)
 
 
-def test_laying_out_that_takes_too_long_or_fails_says_so():
+def test_unwrapping_errors_and_timeouts_are_reported():
     vertices, faces = lumps()
     with pytest.raises(UnwrapError, match=f"took more than 0.01 s for {len(faces)} faces"):
         unwrap(vertices, faces, 256, 0.01)
@@ -142,7 +149,7 @@ def _parts(glb):
     return json.loads(glb[20 : 20 + size]), glb[28 + size :]
 
 
-def test_a_glb_has_linear_colors_of_16_bits_y_up_and_a_matt_surface():
+def test_a_glb_file_has_16_bit_linear_colors_y_up_and_a_matte_material():
     vertices = np.array(
         [(0, 0, 0), (1, 0, 0), (0, 0, 1)], dtype=np.float32
     )  # in the plane that faces the camera
@@ -166,9 +173,8 @@ def test_a_glb_has_linear_colors_of_16_bits_y_up_and_a_matt_surface():
 
 @pytest.mark.parametrize("is_textured", [False, True], ids=["colors", "texture"])
 @pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
-def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_textured, tmp_path):
-    mesh = ball()
-    mesh = bake_texture(mesh, by_place, 128) if is_textured else mesh
+def test_trimesh_loads_all_formats_with_shape_colors_and_orientation(kind, is_textured, tmp_path):
+    mesh = textured_ball(128) if is_textured else ball()
     files = encode_mesh(mesh, kind, "thing")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -176,13 +182,13 @@ def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_text
     if kind == "glb":
         (found,) = found.geometry.values()
     assert len(found.faces) == len(mesh.faces)
-    if kind == "stl":  # which slicers take for millimeters: a ball of radius 1 is 100 of them across
+    if kind == "stl":  # lengths in STL files are millimeters
         found.apply_scale(1 / 50)
     assert found.volume == pytest.approx(volume(mesh), rel=1e-4)
     vertices = (
         np.asarray(found.vertices)[:, [0, 2, 1]] * (1, -1, 1) if kind in ("glb", "obj") else found.vertices
     )
-    if kind == "stl":  # it has a vertex a corner
+    if kind == "stl":  # STL files have separate vertices for each face
         np.testing.assert_allclose(
             np.sort(vertices, axis=0)[[0, -1]], np.sort(mesh.vertices, axis=0)[[0, -1]], atol=1e-6
         )
@@ -207,8 +213,8 @@ def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_text
         np.testing.assert_allclose(colors, expected, atol=0.6 / 255)
 
 
-def test_equal_meshes_give_equal_bytes():
-    mesh = bake_texture(ball(), by_place, 128)
+def test_equal_meshes_are_encoded_as_equal_bytes():
+    mesh = textured_ball(128)
     for kind in ("glb", "obj", "ply", "stl"):
         assert encode_mesh(mesh, kind) == encode_mesh(mesh, kind)
     image = Image.open(io.BytesIO(encode_mesh(mesh, "obj")["mesh.png"]))

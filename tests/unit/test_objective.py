@@ -22,18 +22,18 @@ def test_the_objective_is_the_weighted_mse_before_lpips_starts():
     assert math.isclose(terms["mse"].item(), 3 * 0.04, rel_tol=1e-5)
 
 
-def test_lpips_is_added_from_its_start_step_with_its_weight():
+def test_weighted_lpips_is_added_at_its_start_step():
     objective = Objective(mse=1.0, lpips=2.0, lpips_start_step=5)
     objective.perceptual = lambda prediction, target: torch.tensor([0.1, 0.3])
     assert math.isclose(objective(evidence(), step=5)["lpips"].item(), 0.4, rel_tol=1e-5)
 
 
-def test_lpips_without_a_network_is_refused_with_the_remedy():
+def test_lpips_without_a_network_is_an_error():
     with pytest.raises(ValueError, match=r"--model\.objective\.lpips 0"):
         Objective()(evidence(), step=0)
 
 
-def test_the_mask_term_is_the_cross_entropy_of_opacity_by_hand():
+def test_the_mask_term_equals_the_cross_entropy_computed_by_hand():
     # Covered pixels seen with opacity 1/4 cost -log(1/4); bare ones -log(3/4).
     terms = Objective(mse=0.0, lpips=0.0, mask=0.05)(evidence(), step=0)
     assert terms.keys() == {"mask"}
@@ -42,7 +42,7 @@ def test_the_mask_term_is_the_cross_entropy_of_opacity_by_hand():
     assert math.isclose(bare["mask"].item(), -math.log(0.75), rel_tol=1e-3)
 
 
-def test_the_mask_term_is_finite_with_a_finite_gradient_where_opacity_is_wholly_wrong():
+def test_the_mask_term_and_its_gradient_are_finite_for_wrong_opacities():
     opacity = torch.tensor([[[0.0, 1.0 + 1e-7], [1.0, 0.0]]], requires_grad=True)
     loss = mask_loss(opacity, torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
     loss.backward()
@@ -52,7 +52,7 @@ def test_the_mask_term_is_finite_with_a_finite_gradient_where_opacity_is_wholly_
     assert opacity.grad[0, 0, 1] > 100, "a floater is pulled down, though rounding left [0, 1]"
 
 
-def test_total_variation_by_hand():
+def test_total_variation_equals_the_value_computed_by_hand():
     # A ramp of 0.5 a column: every horizontal difference is 0.5, every vertical one 0.
     ramp = (torch.arange(4.0) * 0.5).expand(1, 3, 2, 4, 4)
     assert math.isclose(total_variation(ramp).item(), 0.25, rel_tol=1e-6)
@@ -61,7 +61,7 @@ def test_total_variation_by_hand():
     assert math.isclose(terms["tv"].item(), 5e-4 * 0.25, rel_tol=1e-6)
 
 
-def test_the_opacity_prior_is_0_at_clear_and_opaque_and_largest_half_way():
+def test_the_opacity_prior_is_zero_at_0_and_1_and_largest_at_one_half():
     prior = [opacity_prior(torch.full((1, 1, 1), x)).item() for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert prior[0] == pytest.approx(0, abs=1e-6)
     assert prior[4] == pytest.approx(0, abs=1e-6)
@@ -72,6 +72,6 @@ def test_the_opacity_prior_is_0_at_clear_and_opaque_and_largest_half_way():
     assert half.item() == pytest.approx(0.1 * prior[2])
 
 
-def test_a_negative_weight_is_refused():
+def test_negative_weights_are_rejected():
     with pytest.raises(ValueError, match="non-negative weights"):
         Objective(tv=-1.0)

@@ -36,7 +36,7 @@ def photo(tmp_path):
     return path
 
 
-def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root):
+def test_the_example_in_the_readme_reconstructs_a_photo(pretrained, photo, monkeypatch, root):
     printed = re.search(
         r"```python\nfrom lrm_pl import LRMPipeline\n(.*?)```", (root / "README.md").read_text(), re.DOTALL
     )
@@ -48,7 +48,7 @@ def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root
     assert names["mesh"].colors.min() >= 0
 
 
-def test_what_is_saved_comes_back_the_same(tmp_path, photo):
+def test_saved_models_round_trip(tmp_path, photo):
     model = tiny_pretrained()
     model.save_pretrained(tmp_path / "saved")
     again = lrm_pl.LRMPipeline.from_pretrained(tmp_path / "saved")
@@ -65,15 +65,15 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     assert (tmp_path / "twice" / "README.md").read_text() == card.replace("saved", "twice")
 
 
-def test_the_command_shows_the_network_what_python_shows_it(pretrained, photo, tmp_path):
+def test_lrm_infer_and_the_pipeline_frame_an_image_equally(pretrained, photo, tmp_path):
     threshold = LRMPipeline.from_pretrained(pretrained)(photo).threshold
     record = infer(
         LRMPipeline.from_pretrained(pretrained), photo, tmp_path / "out", MeshOptions(resolution=32, frames=0)
     )
-    assert record["threshold"] == pytest.approx(threshold, rel=1e-6), "framed once, not twice"
+    assert record["threshold"] == pytest.approx(threshold, rel=1e-6), "the image is framed only once"
 
 
-def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretrained, monkeypatch):
+def test_the_model_card_on_the_hub_contains_the_name_of_the_repository(pretrained, monkeypatch):
     sent = {}
 
     class Api:
@@ -93,12 +93,12 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
     assert "\n# me/chairs\n" in sent["README.md"]
     assert "or `lrm infer photo.png --ckpt hf://me/chairs`." in sent["README.md"]
     assert set(sent) == {"README.md", "config.yaml", "model.safetensors", "input.yaml"}, (
-        "as `lrm export` writes"
+        "the files that `lrm export` writes"
     )
-    assert rename_model_card("a card of somebody's own", "x") == "a card of somebody's own"
+    assert rename_model_card("a custom card", "x") == "a custom card"
 
 
-def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
+def test_pillow_images_are_preprocessed_like_their_files(pretrained, photo, tmp_path):
     model = LRMPipeline.from_pretrained(pretrained)
     turned = tmp_path / "turned.png"
     with Image.open(photo) as image:
@@ -109,10 +109,10 @@ def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo
         assert image.mode == "LA"
         np.testing.assert_array_equal(model.preprocess(image), model.preprocess(turned))
     box = np.asarray(model.preprocess(turned))[..., 3] > 127
-    assert box.any(axis=0).sum() > box.any(axis=1).sum(), "a high object that lies on its side"
+    assert box.any(axis=0).sum() > box.any(axis=1).sum(), "the orientation of the file is applied"
 
 
-def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, tmp_path, caplog):
+def test_a_model_folder_without_framing_logs_a_warning(pretrained, tmp_path, caplog):
     LRMPipeline.from_pretrained(pretrained)
     assert not caplog.text
     shutil.copytree(pretrained, tmp_path / "copy")
@@ -121,7 +121,7 @@ def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, 
     assert "copy has no input.yaml: images are framed as in the LRM paper" in caplog.text
 
 
-def test_a_hash_of_weights_tells_networks_apart():
+def test_different_weights_have_different_hashes():
     model = tiny_pretrained()
     before = hash_weights(model.network)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_a_hash_of_weights_tells_networks_apart():
     assert hash_weights(model.network) != before
 
 
-def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pretrained, photo):
+def test_the_framing_and_the_camera_of_training_are_used(pretrained, photo):
     model = LRMPipeline.from_pretrained(pretrained)
     image = model.preprocess(photo)
     alpha = np.asarray(image)[..., 3] / 255
@@ -154,7 +154,7 @@ def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pre
         (lambda folder: (folder / "input.yaml").write_text("foreground: 2"), "foreground in"),
     ],
 )
-def test_a_folder_that_is_none_says_what_is_wrong(pretrained, tmp_path, spoil, message):
+def test_an_invalid_model_folder_is_rejected(pretrained, tmp_path, spoil, message):
     folder = tmp_path / "copy"
     shutil.copytree(pretrained, folder)
     spoil(folder)
@@ -162,13 +162,13 @@ def test_a_folder_that_is_none_says_what_is_wrong(pretrained, tmp_path, spoil, m
         LRMPipeline.from_pretrained(folder)
 
 
-def test_a_name_that_is_neither_folder_nor_repository_says_so(monkeypatch, tmp_path):
+def test_a_name_without_a_folder_or_repository_is_rejected(monkeypatch, tmp_path):
     for name in ("no/such", "not a name"):
         with pytest.raises(InputError, match="neither: "):
             LRMPipeline.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
 
 
-def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
+def test_a_missing_path_is_not_requested_from_the_hub(pretrained, tmp_path):
     (tmp_path / "file").touch()
     for name in (tmp_path / "nosuch", "runs/lrm/version_9", "./nosuch"):
         with pytest.raises(
@@ -181,7 +181,7 @@ def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
         assert LRMPipeline.from_pretrained(pretrained / file).framing == TINY_FRAMING
 
 
-def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_path, monkeypatch):
+def test_an_unsupported_socks_proxy_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     close_session()  # its client has read the environment
     try:
@@ -200,7 +200,7 @@ def hub(pretrained, monkeypatch):
         yield address
 
 
-def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path, photo):
+def test_a_repository_on_the_hub_is_loaded_by_name(hub, pretrained, tmp_path, photo):
     model = LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
     here = LRMPipeline.from_pretrained(pretrained)
     assert hash_weights(model.network) == hash_weights(here.network)
@@ -211,7 +211,7 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
         LRMPipeline.from_pretrained("me/other", cache_dir=tmp_path)
 
 
-def test_arrays_of_bytes_are_images_and_other_things_are_refused(pretrained, photo):
+def test_uint8_arrays_are_accepted_and_other_arrays_are_rejected(pretrained, photo):
     model = LRMPipeline.from_pretrained(pretrained)
     with Image.open(photo) as image:
         array = np.array(image)
@@ -221,7 +221,7 @@ def test_arrays_of_bytes_are_images_and_other_things_are_refused(pretrained, pho
             model(wrong)
 
 
-def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path, monkeypatch):
+def test_commands_do_not_request_a_mistyped_path_from_the_hub(hub, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("me/tiny", "runs/tuned", "nosuch"):
@@ -234,7 +234,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path,
         assert LRMPipeline.from_pretrained(f"{pretrained}/{file}").source == str(pretrained)
 
 
-def test_the_input_setup_is_measured_from_what_is_trained_on():
+def test_the_framing_is_measured_from_training_views():
     alpha = torch.zeros(1, 2, 20, 20)
     alpha[0, 0, 5:15, 8:12] = 1  # 10 of 20
     alpha[0, 1, 5:19, 8:12] = 1  # 14 of 20
