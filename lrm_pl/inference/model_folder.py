@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError, safe_open
@@ -30,6 +29,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.storage import is_local
+from lrm_pl.weights.key_map import describe_mismatch
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
@@ -193,23 +193,11 @@ def load_weights(network: LRM, folder: Path) -> None:
             found=f"a damaged file ({error})",
             remedy="download or export it again",
         ) from error
-    own = network.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {tuple(value.shape)} instead of {tuple(own[name].shape)}"
-        for name, value in weights.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    problems += [
-        f"{name} has non-finite values" for name, x in weights.items() if not torch.isfinite(x).all()
-    ]
-    if problems:
+    if mismatch := describe_mismatch(weights, network):
         raise InputError(
             subject=path,
             expected="the weights of this network",
-            found=f"{len(problems)} differences: {'; '.join(problems[:6])}"
-            + (f"; and {len(problems) - 6} more" if len(problems) > 6 else ""),
+            found=mismatch,
             remedy=f"use the config of these weights: -c {folder / CONFIG_NAME}",
         )
     network.load_state_dict(weights, strict=True)
