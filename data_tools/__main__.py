@@ -1,6 +1,7 @@
 """Command line of the data tools, ``python -m data_tools <command>``."""
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from data_tools.rendering.launch import add_parser as add_launch_parser
 from data_tools.rendering.launch import launch
 from data_tools.rendering.resume import plan_folder
 from data_tools.rendering.settings import RenderSettings, check_settings, recorded_count
-from data_tools.rendering.shard_plan import default_held_out, default_shard_size, estimate_object_bytes
+from data_tools.rendering.shard_plan import default_held_out, default_shard_size
 from data_tools.shards import convert
 from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.errors import InputError
@@ -110,7 +111,7 @@ def _render(args: argparse.Namespace) -> None:
 
     settings, assets = _settings(args)
     limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
-    render(assets, args.out, settings, PoolOptions(args.assets, settings, args.jobs, limits))
+    render(assets, args.out, PoolOptions(args.assets, settings, args.jobs, limits))
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
@@ -130,18 +131,14 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         samples=args.samples,
         seed=args.seed,
         held_out=held_out,
-        shard_size=args.shard_size
-        or recorded_count(args.out, "shard_size")
-        or default_shard_size(
-            estimate_object_bytes(
-                args.views, args.res, depth=args.depth, normals=args.normals, surface=args.surface
-            )
-        ),
+        shard_size=args.shard_size or recorded_count(args.out, "shard_size") or 0,
         depth=args.depth,
         normals=args.normals,
         surface=args.surface,
         rules=tuple(getattr(args, "rules", rules)),
     )
+    if not settings.shard_size:
+        settings = dataclasses.replace(settings, shard_size=default_shard_size(settings.object_bytes))
     return settings, assets
 
 

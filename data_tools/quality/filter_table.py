@@ -59,30 +59,26 @@ def write_filter_table(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA), file)
 
 
-def count_outcomes(out: Path) -> Counter[str]:
-    """Count the assets by outcome, and the rejected assets by measure, for example with the key ``rejected: white``.
+def count_rejections(out: Path) -> Counter[str]:
+    """Count the rejected assets by measure. If there is no ``filter.parquet``, return an empty counter.
 
     Raises:
         InputError: The table is damaged.
     """
-    counted = Counter[str]()
+    path = out / FILTER_NAME
+    if not path.is_file():  # only ``render`` writes this file
+        return Counter()
     try:
-        table = pyarrow.parquet.read_table(out / FILTER_NAME, columns=["outcome", "reason"])
-        for outcome, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            counted[outcome] += 1
-            if outcome == "rejected":
-                counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
+        table = pyarrow.parquet.read_table(path, columns=["reason"], filters=[("outcome", "==", "rejected")])
+        reasons = table["reason"].to_pylist()
+        return Counter(part.split()[0] for reason in reasons for part in reason.split("; "))
     except (pyarrow.ArrowException, ValueError, AttributeError, LookupError) as error:
         raise InputError(
-            subject=out / FILTER_NAME,
+            subject=path,
             expected="the outcome of each asset",
             found=error,
-            remedy=(
-                f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}` to write it again "
-                "without rendering"
-            ),
+            remedy=f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}` to write it again",
         ) from error
-    return counted
 
 
 def read_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:

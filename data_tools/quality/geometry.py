@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.quality.silhouettes import ByteArray, FloatArray, MaskArray
 from lrm_pl.data.geometry_views import (
     decode_depth,
     decode_normals,
@@ -57,7 +58,7 @@ def check_geometry(sample: Sample) -> None:
                 expected=f"{type_} maps of all {sample.info.views} views",
                 found=f"{len(found)} ({odd[0]} is {problem})",
             )
-    depths: list[npt.NDArray[np.float32]] = []
+    depths: list[FloatArray] = []
     for view, image in enumerate(sample.views if types else ()):
         alpha = decode_image(key, image)[..., 3]
         c2w, fxfycxcy = sample.c2w[view], sample.fxfycxcy[view]
@@ -94,9 +95,7 @@ def check_geometry(sample: Sample) -> None:
         )
 
 
-def back_project(
-    depth: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
+def back_project(depth: FloatArray, c2w: FloatArray, fxfycxcy: FloatArray) -> npt.NDArray[np.float64]:
     """Compute the points of a depth map. Pixels with depth 0 are skipped.
 
     Args:
@@ -112,15 +111,13 @@ def back_project(
     return points @ c2w[:3, :3].T.astype(np.float64) + c2w[:3, 3]
 
 
-def _camera_rays(seen: npt.NDArray[np.bool_], fxfycxcy: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def _camera_rays(seen: MaskArray, fxfycxcy: FloatArray) -> npt.NDArray[np.float64]:
     """Return the rays through the centers of the N pixels in a mask, in camera coordinates with z = 1, shape (N, 3)."""
     pixels = (np.argwhere(seen)[:, ::-1] + 0.5) / seen.shape[::-1]
     return np.column_stack([(pixels - fxfycxcy[2:]) / fxfycxcy[:2], np.ones(len(pixels))])
 
 
-def _compare_depths(
-    depths: list[npt.NDArray[np.float32]], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
-) -> tuple[int, int]:
+def _compare_depths(depths: list[FloatArray], c2w: FloatArray, fxfycxcy: FloatArray) -> tuple[int, int]:
     """Project the points of each depth map to all other views, and compare the depths.
 
     If the cameras are correct, only points at edges and behind single-sided faces are in front of the surface of a
@@ -187,7 +184,7 @@ def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes
     return smaller
 
 
-def _check_holes(key: str, name: str, seen: npt.NDArray[np.bool_], alpha: npt.NDArray[np.uint8]) -> None:
+def _check_holes(key: str, name: str, seen: MaskArray, alpha: ByteArray) -> None:
     _check_size(key, name, seen.shape, alpha.shape)
     invalid = partial(SampleError, subject=f"sample {key!r}")
     if outside := int((seen & (alpha == 0)).sum()):

@@ -46,10 +46,6 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-class RuleError(InputError):
-    """Raised if a rule or the measures of an object are invalid."""
-
-
 @dataclasses.dataclass(frozen=True)
 class MeshMeasures:
     """Measures of a mesh file.
@@ -127,24 +123,24 @@ class Rule:
 
 MEASURE_NAMES = tuple(field.name for field in dataclasses.fields(Measures))
 
+_RULE_PATTERN = re.compile(
+    rf"\s*({'|'.join(MEASURE_NAMES)})\s*(<=|>=|==|<|>)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+)
+
 
 def parse_rule(text: str) -> Rule:
     """Parse a rule, for example ``coverage >= 0.01``.
 
     Raises:
-        RuleError: The text is not a valid rule.
+        InputError: The text is not a valid rule.
     """
-    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([0-9.eE+-]+)\s*", text)
-    try:
-        if found and found[1] in MEASURE_NAMES:
-            return Rule(found[1], found[2], float(found[3]))
-    except ValueError:  # for example "1.2.3"
-        pass
-    raise RuleError(
-        expected="a rule such as 'coverage >= 0.01'",
-        found=f"{text!r}",
-        remedy=f"compare one of these measures with a number: {', '.join(MEASURE_NAMES)}",
-    )
+    if not (found := _RULE_PATTERN.fullmatch(text)):
+        raise InputError(
+            expected="a rule such as 'coverage >= 0.01'",
+            found=f"{text!r}",
+            remedy=f"compare one of these measures with a number: {', '.join(MEASURE_NAMES)}",
+        )
+    return Rule(found[1], found[2], float(found[3]))
 
 
 def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
@@ -198,7 +194,7 @@ def decode_measures(key: str, content: bytes) -> Measures:
         content: Encoded measures.
 
     Raises:
-        RuleError: Fields are missing or unknown, or a value has an unexpected type or is not finite.
+        InputError: Fields are missing or unknown, or a value has an unexpected type or is not finite.
     """
     try:
         record: Any = json.loads(content)
@@ -209,7 +205,7 @@ def decode_measures(key: str, content: bytes) -> Measures:
             raise ValueError(f"{infinite[0]} = {record[infinite[0]]}")
         return Measures(**record)
     except (ValueError, TypeError, RecursionError) as error:
-        raise RuleError(
+        raise InputError(
             subject=f"sample {key!r}",
             expected=f"finite measures {', '.join(MEASURE_NAMES)} in {key}.{MEASURES_MEMBER}",
             found=error,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_tools.quality.contact_sheet import SHEET_NAME, write_contact_sheet
-from data_tools.quality.filter_table import FILTER_NAME, count_outcomes
+from data_tools.quality.filter_table import count_rejections
 from data_tools.quality.geometry import geometry_types
 from data_tools.quality.validate import decode_alphas
 from data_tools.rendering.shard_folder import read_failures
@@ -154,14 +154,14 @@ def count_values(folder: Path, manifest: Manifest, infos: Sequence[SampleInfo]) 
     """
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
-    has_table = (folder / FILTER_NAME).is_file()  # only `render` writes this file
     rejected = count_rejected(manifest)
-    known = Counter(kept=len(infos) - rejected, rejected=rejected, failed=len(failures))
+    outcomes = +Counter(kept=len(infos) - rejected, rejected=rejected, failed=len(failures))
+    outcomes.update({f"rejected: {name}": count for name, count in count_rejections(folder).items()})
     return {
         "licenses": Counter(info.license for info in infos),
         "creators": Counter(info.creator for info in infos),
         "renderers": Counter(info.renderer for info in infos),
-        "outcomes": count_outcomes(folder) if has_table else +known,
+        "outcomes": outcomes,
         "failures": Counter(reasons),
     }
 

@@ -17,6 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+MaskArray = npt.NDArray[np.bool_]
+
 #: Distance to which larger distances are clipped, in cells.
 _MAX_DISTANCE = 6
 
@@ -62,10 +66,12 @@ class Silhouettes:
     Attributes:
         distance: (V, cells, cells) distances to the nearest nonempty cell, in cells.
         pixels: V arrays with shape (R, 2) of normalized image coordinates (x, y) of pixels on the object.
+        tolerance: Maximum mean distance of the rays of a view with a correct camera, in cells.
     """
 
-    distance: npt.NDArray[np.float32]
+    distance: FloatArray
     pixels: tuple[npt.NDArray[np.float64], ...]
+    tolerance: float
 
     @property
     def cells(self) -> int:
@@ -86,18 +92,18 @@ class Coherence:
     undetectable: tuple[str, ...]
 
 
-def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Silhouettes:
+def make_silhouettes(alphas: Sequence[ByteArray], precision: CoherenceTolerance) -> Silhouettes:
     """Compute distance maps from masks, and sample pixels on the object.
 
     Args:
         alphas: V masks with shape (H, W) and values in [0, 255].
-        cells: Maximum number of cells along each side of an image.
+        precision: Resolution and tolerance of the test.
     """
     rng = np.random.default_rng(0)
     distances, pixels = [], []
     partial = any(((alpha > 0) & (alpha < 255)).any() for alpha in alphas)
     for alpha in alphas:
-        side = min(cells, *alpha.shape)
+        side = min(precision.cells, *alpha.shape)
         seen, solid = _cells(alpha, side, edges=partial)
         distances.append(_distance(seen))
         inner = _all_neighbors(solid)
@@ -108,15 +114,10 @@ def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Sil
             for where, count in ((solid & ~inner, _RAYS * 3 // 4), (inner, _RAYS // 4))
         ]
         pixels.append((np.concatenate(chosen)[:, ::-1] + 0.5) / side)
-    return Silhouettes(np.stack(distances), tuple(pixels))
+    return Silhouettes(np.stack(distances), tuple(pixels), precision.tolerance)
 
 
-def check_coherence(
-    silhouettes: Silhouettes,
-    c2w: npt.NDArray[np.float32],
-    fxfycxcy: npt.NDArray[np.float32],
-    tolerance: float,
-) -> Coherence:
+def check_coherence(silhouettes: Silhouettes, c2w: FloatArray, fxfycxcy: FloatArray) -> Coherence:
     """Test whether cameras are consistent with silhouettes.
 
     If they are consistent, the function also tests whether swapped poses and incorrect focal lengths would be detected.
@@ -125,9 +126,8 @@ def check_coherence(
         silhouettes: Silhouettes of V views.
         c2w: (V, 4, 4) camera-to-world matrices in the OpenCV convention.
         fxfycxcy: (V, 4) normalized intrinsics.
-        tolerance: Maximum mean distance of the rays of a view with a correct camera, in cells.
     """
-    views = np.arange(len(c2w))
+    views, tolerance = np.arange(len(c2w)), silhouettes.tolerance
     distances = ray_distances(silhouettes, c2w, fxfycxcy, views, views)
     undetectable = []
     if distances.max() <= tolerance:
@@ -141,7 +141,7 @@ def check_coherence(
 
 
 def _swapped_distances(
-    silhouettes: Silhouettes, c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
+    silhouettes: Silhouettes, c2w: FloatArray, fxfycxcy: FloatArray
 ) -> npt.NDArray[np.float64]:
     """Swap the images of pairs of views, and return the larger distance of each pair.
 
@@ -160,8 +160,8 @@ def _swapped_distances(
 
 def ray_distances(
     silhouettes: Silhouettes,
-    c2w: npt.NDArray[np.float32],
-    fxfycxcy: npt.NDArray[np.float32],
+    c2w: FloatArray,
+    fxfycxcy: FloatArray,
     images: npt.NDArray[np.int64],
     views: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
@@ -207,8 +207,8 @@ def ray_distances(
 def uncovered_distances(
     silhouettes: Silhouettes,
     points: npt.NDArray[np.floating],
-    c2w: npt.NDArray[np.float32],
-    fxfycxcy: npt.NDArray[np.float32],
+    c2w: FloatArray,
+    fxfycxcy: FloatArray,
 ) -> npt.NDArray[np.float64]:
     """Compute the mean distance between the pixels of the object and the nearest projected surface point.
 
@@ -234,20 +234,18 @@ def uncovered_distances(
     return np.array(means)
 
 
-def _projection(
-    pose: npt.NDArray[np.float32], camera: npt.NDArray[np.float32], silhouettes: Silhouettes
-) -> npt.NDArray[np.float64]:
+def _projection(pose: FloatArray, camera: FloatArray, silhouettes: Silhouettes) -> npt.NDArray[np.float64]:
     """Return the matrix that maps world directions to homogeneous coordinates in the padded maps, shape (3, 3)."""
     fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.cells
     return pose[:3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
 
 
 def _look_up(
-    padded: npt.NDArray[np.float32],
+    padded: FloatArray,
     column: npt.NDArray[np.floating],
     row: npt.NDArray[np.floating],
     z: npt.NDArray[np.floating],
-) -> npt.NDArray[np.float32]:
+) -> FloatArray:
     """Look up distances at homogeneous coordinates. Points behind the camera have the distance ``_MAX_DISTANCE``."""
     behind = z < 1e-6
     scale = 1 / np.where(behind, 1, z)
@@ -277,9 +275,7 @@ def _inside(
     return np.maximum(ends.min(axis=0).max(axis=1), 1e-3), ends.max(axis=0).min(axis=1)
 
 
-def _cells(
-    alpha: npt.NDArray[np.uint8], side: int, *, edges: bool
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _cells(alpha: ByteArray, side: int, *, edges: bool) -> tuple[MaskArray, MaskArray]:
     """Reduce a mask to a grid of cells.
 
     Args:
@@ -306,19 +302,19 @@ def _cells(
     return reduce(np.logical_or, shown).astype(bool), solid
 
 
-def _any_neighbor(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _any_neighbor(cells: MaskArray) -> MaskArray:
     """Dilate a mask by one cell, including diagonal neighbors."""
     padded = np.pad(cells, 1)
     rows = padded[:-2] | padded[1:-1] | padded[2:]
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
-def _all_neighbors(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _all_neighbors(cells: MaskArray) -> MaskArray:
     """Erode a mask by one cell, including diagonal neighbors."""
     return ~_any_neighbor(~cells)
 
 
-def _distance(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def _distance(seen: MaskArray) -> FloatArray:
     """Return the distance of each cell to the nearest nonempty cell, clipped to ``_MAX_DISTANCE``.
 
     The squared distance is separable, so the minimum is computed along one axis and then along the second axis.

@@ -181,10 +181,7 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
         raise SampleError(
             subject=f"sample {key!r}",
             expected=f"points of {SURFACE_MEMBER} that cover the object",
-            found=(
-                f"a mean distance of {distances.max():.1f} cells between the pixels of view {distances.argmax()} and "
-                "the nearest point"
-            ),
+            found=f"a mean distance of {distances.max():.1f} cells to the pixels of view {distances.argmax()}",
             remedy="use the surface of the rendered object, in the same scale",
         )
 
@@ -275,8 +272,8 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
     if others:
         found = ", ".join(f"{height} x {width}" for height, width in (size, *others))
         raise invalid(expected="views of one size", found=found)
-    precision = FILMED if sample.info.renderer == layout_renderer("mvimgnet") else RENDERED
-    silhouettes = make_silhouettes(alphas, precision.cells)
+    is_filmed = sample.info.renderer == layout_renderer("mvimgnet")
+    silhouettes = make_silhouettes(alphas, FILMED if is_filmed else RENDERED)
     if not cameras:
         return CheckedViews(size, silhouettes)
     if empty := [view for view, alpha in enumerate(alphas) if not alpha.any()]:
@@ -288,20 +285,17 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
             found=f"{counted(len(alphas), 'view')} without a transparent pixel",
             remedy="remove the background of the object",
         )
-    coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
+    coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy)
     worst = int(coherence.distances.argmax())
-    if coherence.distances[worst] <= precision.tolerance:
+    if coherence.distances[worst] <= silhouettes.tolerance:
         return CheckedViews(size, silhouettes, coherence.undetectable)
     if one_sided:
         return CheckedViews(size, silhouettes, (WRONG_CAMERAS,))
     raise invalid(
         expected="cameras that fit the silhouettes",
         found=(
-            f"a mean distance of {coherence.distances[worst]:.2f} cells between view {worst} and the silhouettes "
-            f"of the other views (at most {precision.tolerance} of {silhouettes.cells} cells)"
+            f"a mean distance of {coherence.distances[worst]:.2f} cells between view {worst} and the other views "
+            f"(at most {silhouettes.tolerance} of {silhouettes.cells} cells)"
         ),
-        remedy=(
-            "check the order of the poses, the pose convention (OpenCV camera-to-world, +z up), the focal length, "
-            "and that the object is inside [-1, 1]^3"
-        ),
+        remedy="check the order and convention (OpenCV, +z up) of the poses, the focal length and the scale",
     )

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from lrm_pl.conventions import Normalization
 
+DoubleArray = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float32]
+
 #: Maximum absolute height of a camera as a fraction of the radius. The pose of a camera on the up axis is not defined.
 MAX_HEIGHT_OF_RADIUS = 0.95
 
@@ -67,8 +70,8 @@ class Cameras:
         fxfycxcy: (V, 4) float32 intrinsics divided by the image size.
     """
 
-    c2w: npt.NDArray[np.float32]
-    fxfycxcy: npt.NDArray[np.float32]
+    c2w: FloatArray
+    fxfycxcy: FloatArray
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -101,9 +104,7 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
     )
 
 
-def camera_positions(
-    radius: npt.NDArray[np.float64], height: npt.NDArray[np.float64], azimuth_rad: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def camera_positions(radius: DoubleArray, height: DoubleArray, azimuth_rad: DoubleArray) -> DoubleArray:
     """Compute camera positions.
 
     Args:
@@ -120,7 +121,7 @@ def camera_positions(
     return np.stack([ground * np.cos(azimuth_rad), ground * np.sin(azimuth_rad), z], axis=-1)
 
 
-def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def look_at_origin(position: DoubleArray) -> DoubleArray:
     """Return the pose of a camera that looks at the origin with +z up.
 
     Args:
@@ -139,7 +140,7 @@ def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 
 
 def frame_rectangle(
-    c2w: npt.NDArray[np.float32], focal: float, half_extent: npt.NDArray[np.float64], margin: float
+    c2w: FloatArray, focal: float, half_extent: DoubleArray, margin: float
 ) -> tuple[float, float, float, float]:
     """Compute the rectangle of the image that contains the projection of a bounding box.
 
@@ -162,6 +163,6 @@ def frame_rectangle(
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
-def focal_from_fov(fov_deg: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def focal_from_fov(fov_deg: DoubleArray) -> DoubleArray:
     """Return the focal length divided by the image size, 0.5 / tan(fov / 2), for a field of view in degrees."""
     return 0.5 / np.tan(np.radians(fov_deg) / 2)

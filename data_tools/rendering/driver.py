@@ -11,11 +11,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import chain, compress
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -23,43 +25,28 @@ from data_tools.assets.asset_list import Asset
 from data_tools.quality.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.quality.filter_table import FILTER_NAME, write_filter_table
 from data_tools.quality.report import count_rejected, describe_objects
+from data_tools.rendering import shard_folder
 from data_tools.rendering.ray_pool import PoolOptions, RenderPool, connect_ray
 from data_tools.rendering.resume import ResumePlan, plan_folder, write_plan
 from data_tools.rendering.settings import RenderSettings, check_settings, read_settings, write_settings
-from data_tools.rendering.shard_folder import (
-    FAILURES_NAME,
-    PARTS_NAME,
-    QUARANTINE_NAME,
-    PreviousShards,
-    add_failure,
-    describe_shards,
-    find_changed_records,
-    lock_folder,
-    part_ids,
-    read_failures,
-    remove_partial_files,
-    reopen_shard,
-    shard_ids,
-    write_failures,
-    write_part,
-    write_planned_shard,
-)
-from data_tools.rendering.shard_plan import PlannedShard, estimate_object_bytes
+from data_tools.rendering.shard_folder import FAILURES_NAME, PARTS_NAME, QUARANTINE_NAME, PreviousShards
+from data_tools.rendering.shard_plan import PlannedShard
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from lrm_pl.errors import InputError, counted
+
+T = TypeVar("T")
 
 #: Number of consecutive download failures after which the network is assumed to be unavailable.
 _UNREACHABLE = 5
 
 
-def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options: PoolOptions) -> Manifest:
+def render(assets: Sequence[Asset], out: Path, options: PoolOptions) -> Manifest:
     """Render all assets that have not been rendered, and write the manifest.
 
     Args:
         assets: Assets to render.
         out: Folder of shards.
-        settings: Render settings.
-        options: Options of the Blender processes.
+        options: Render settings, and options of the Blender processes.
 
     Returns:
         The manifest.
@@ -69,18 +56,15 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options
             cannot be started.
     """
     start = time.monotonic()
-    check_settings(out, settings)
+    check_settings(out, options.settings)
     out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
+    with shard_folder.lock_folder(out):
         manifest, rendered, cycles_fraction = _complete_folder(assets, out, options)
     if all(shard.rejected for shard in manifest.shards):
         raise InputError(
             expected="at least one accepted object",
             found=f"{manifest.failures} failed and {len(assets) - manifest.failures} rejected objects",
-            remedy=(
-                f"see {out / FILTER_NAME} and {out / FAILURES_NAME} for the reasons. Choose other rules with `python "
-                f"-m data_tools repack --shards {out} --out ... --where ...`, or correct the assets"
-            ),
+            remedy=f"see {FILTER_NAME} and {FAILURES_NAME} in {out}, and correct the assets or use `repack --where`",
         )
     _print_summary(out, manifest)
     if rendered:
@@ -99,43 +83,43 @@ def _complete_folder(assets: Sequence[Asset], out: Path, options: PoolOptions) -
     Returns:
         The manifest, the number of rendered objects, and the fraction of the time that the processes spent in Cycles.
     """
-    previous = PreviousShards(out)
-    plan = plan_folder(out, options.settings, assets, options.assets)
-    remove_partial_files(out)
+    settings, previous = options.settings, PreviousShards(out)
+    plan = plan_folder(out, settings, assets, options.assets)
+    shard_folder.remove_partial_files(out)
     by_id = {asset.id: asset for asset in assets}
-    failures = {key: record for key, record in read_failures(out).items() if key in by_id}
-    ended = part_ids(out).union(failures, *(shard_ids(out, shard) for shard in plan.shards))
+    failures = {key: record for key, record in shard_folder.read_failures(out).items() if key in by_id}
+    ended = shard_folder.part_ids(out).union(
+        failures, *(shard_folder.shard_ids(out, shard) for shard in plan.shards)
+    )
     pending = {shard: {key for key in shard.ids if key not in ended} for shard in plan.shards}
     number = sum(map(len, pending.values()))
-    if not number and previous.manifest and not plan.list_changed and _is_described(out, previous.manifest):
+    is_described = (out / FILTER_NAME).is_file() and (out / SHEET_NAME).is_file()
+    if not number and previous.manifest and not plan.list_changed and is_described:
         write_plan(out, plan, assets)
         shutil.rmtree(out / PARTS_NAME)
         print(f"Nothing to render: all {counted(len(assets), 'object')} of {options.assets} are finished.")
         return previous.manifest, 0, 0.0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        # The list is written after all records have been updated. If it is equal, the records are up to date.
-        listed = by_id if plan.list_changed else {}
-        find_changed = partial(find_changed_records, out, assets=listed, previous=previous)
-        changes = list(pool.map(find_changed, plan.shards))
-    needed = estimate_bytes(number, options.settings)
+    # The list is written after all records have been updated. If it has not changed, the records are up to date.
+    listed = by_id if plan.list_changed else {}
+    find_changed = partial(shard_folder.find_changed_records, out, assets=listed, previous=previous)
+    changes = _map(find_changed, plan.shards)
+    # In addition to the shards, the parts of up to two shards that are not complete need space.
+    needed = (number + min(number, 2 * settings.shard_size)) * settings.object_bytes
     if shutil.disk_usage(out).free < needed:
         raise _no_space_error(out, needed)
-    rules = options.settings.parsed_rules
     try:
-        write_failures(out / FAILURES_NAME, failures)  # removes an incomplete last line
-        for shard, changed in zip(plan.shards, changes, strict=True):
-            reopen_shard(out, shard, failures, changed)
-        have = part_ids(out)
-        for shard in (shard for shard, keys in pending.items() if not keys and have.intersection(shard.ids)):
-            write_planned_shard(out, shard, rules)
+        shard_folder.write_failures(out / FAILURES_NAME, failures)  # removes an incomplete last line
+        reopened = _map(partial(shard_folder.reopen_shard, out, failed=failures), plan.shards, changes)
+        complete = [shard for shard in compress(plan.shards, reopened) if not pending[shard]]
+        _map(partial(shard_folder.write_planned_shard, out, rules=settings.parsed_rules), complete)
         rendered, cycles_fraction = 0, 0.0
         if number:
             with connect_ray(options.jobs):
                 rendered, cycles_fraction = _render_pending(options, out, plan, by_id, pending, failures)
         else:
             _mark_unfinished(out, plan, assets)
-        write_failures(out / FAILURES_NAME, failures)  # sorted, without duplicates
-        manifest = _write_manifest(out, plan.shards, options.settings, by_id, failures, previous)
+        shard_folder.write_failures(out / FAILURES_NAME, failures)  # sorted, without duplicates
+        manifest = _write_manifest(out, plan.shards, settings, by_id, failures, previous)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -147,36 +131,16 @@ def _complete_folder(assets: Sequence[Asset], out: Path, options: PoolOptions) -
     return manifest, rendered, cycles_fraction
 
 
-def _is_described(out: Path, manifest: Manifest) -> bool:
-    """Return whether the filter table and the contact sheet of a complete folder exist."""
-    has_accepted = not all(shard.rejected for shard in manifest.shards)
-    return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_accepted))
+def _map(function: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
+    """Return ``list(map(function, *arguments))``, computed with one thread per CPU core."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def _mark_unfinished(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> None:
     """Remove the manifest and write the plan."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     write_plan(out, plan, assets)
-
-
-def estimate_bytes(objects: int, settings: RenderSettings) -> int:
-    """Estimate the required disk space, including the space for two shards whose parts have not been deleted.
-
-    Args:
-        objects: Number of objects to render.
-        settings: Render settings.
-
-    Returns:
-        Upper estimate of the size in bytes.
-    """
-    one = estimate_object_bytes(
-        settings.views,
-        settings.resolution,
-        depth=settings.depth,
-        normals=settings.normals,
-        surface=settings.surface,
-    )
-    return (objects + min(objects, 2 * settings.shard_size)) * one
 
 
 def _no_space_error(folder: Path, needed: int) -> InputError:
@@ -236,7 +200,7 @@ def _render_pending(
                 if len(unreachable) >= _UNREACHABLE:
                     for key in unreachable:  # the assets did not cause these failures
                         failures.pop(key, None)
-                    write_failures(out / FAILURES_NAME, failures)
+                    shard_folder.write_failures(out / FAILURES_NAME, failures)
                     raise InputError(
                         expected="reachable meshes",
                         found=f"{_UNREACHABLE} consecutive download failures: {result.reason}",
@@ -245,11 +209,11 @@ def _render_pending(
                 if result.status == "done":
                     rendered += 1
                     cycles_s += result.cycles_s
-                    write_part(out, asset.id, result.members)
+                    shard_folder.write_part(out, asset.id, result.members)
                 else:
                     failed += 1
                     failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": result.reason}
-                    add_failure(out, failures[asset.id], result.log)
+                    shard_folder.add_failure(out, failures[asset.id], result.log)
                     bar.write(f"failed: {asset.file}: {result.reason.splitlines()[0]}", file=sys.stderr)
                 speed = rendered * settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
@@ -257,7 +221,7 @@ def _render_pending(
                 shard = shard_of[asset.id]
                 pending[shard].discard(asset.id)
                 if not pending[shard]:
-                    write_planned_shard(out, shard, settings.parsed_rules)
+                    shard_folder.write_planned_shard(out, shard, settings.parsed_rules)
         return rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes))
 
 
@@ -270,18 +234,16 @@ def _write_manifest(
     previous: PreviousShards,
 ) -> Manifest:
     """Write the filter table, the contact sheet and the manifest."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        described = pool.map(partial(describe_shards, out, previous=previous), plan)
-        shards = tuple(shard for files in described for shard in files)
+    described = _map(partial(shard_folder.describe_shards, out, previous=previous), plan)
+    shards = tuple(chain.from_iterable(described))
     write_filter_table(out, shards, assets.values(), settings.parsed_rules, failures)
     if not shards:
         raise InputError(
             expected="at least one rendered object",
             found=counted(len(assets), "failure"),
-            remedy=f"see {out / FAILURES_NAME} for the reasons, correct the assets, delete that file and run again",
+            remedy=f"see {out / FAILURES_NAME}, correct the assets, delete this file and run the command again",
         )
-    if not all(shard.rejected for shard in shards):
-        write_contact_sheet(out, shards, settings.views)
+    write_contact_sheet(out, shards, settings.views)
     manifest = Manifest(shards, settings.views, len(failures), read_settings(out))
     write_manifest(out, manifest)
     shutil.rmtree(out / PARTS_NAME, ignore_errors=True)

@@ -7,7 +7,6 @@ on the first node.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,25 +34,13 @@ def launch(options: argparse.Namespace, out: Path) -> None:
         raise InputError(
             expected="Slurm",
             found="no `sbatch` on PATH",
-            remedy=(
-                "run this command on a login node, or start Ray on the nodes and set RAY_ADDRESS=ip:6379 instead of "
-                "NODES="
-            ),
+            remedy="use a login node, or start Ray on the nodes and set RAY_ADDRESS=ip:6379 instead of NODES=",
         )
-    gpus = options.gpus
-    if gpus is None:
-        gpus = slurm.gpus_per_node(options.partition)
+    if options.gpus is None:
+        options.gpus = slurm.gpus_per_node(options.partition)
     elif slurm.available():
-        slurm.node_shapes(options.partition)
-    command = sbatch_command(
-        options.nodes,
-        gpus,
-        out,
-        options.arguments,
-        partition=options.partition,
-        account=options.account,
-        time=options.time,
-    )
+        slurm.node_shapes(options.partition)  # checks that the partition exists
+    command = sbatch_command(options, out)
     print(slurm.quoted(command), flush=True)
     if options.dry_run:
         print("DRY_RUN is set, so no job was submitted.")
@@ -65,41 +52,29 @@ def launch(options: argparse.Namespace, out: Path) -> None:
     print(slurm.monitoring_commands(job, out, "run the same command again to resume"))
 
 
-def sbatch_command(
-    nodes: int,
-    gpus: int,
-    out: Path,
-    arguments: Sequence[str],
-    *,
-    partition: str = "",
-    account: str = "",
-    time: str = "",
-) -> list[str]:
+def sbatch_command(options: argparse.Namespace, out: Path) -> list[str]:
     """Return the command that submits the rendering to Slurm.
 
     Args:
-        nodes: Number of nodes.
-        gpus: Number of GPUs per node. If 0, the CPUs are used.
+        options: Arguments of the command. ``gpus`` is the number of GPUs per node, or 0 to render on CPUs. If
+            ``partition``, ``account`` or ``time`` is "", the default of Slurm is used.
         out: Folder of shards, to which the log of the job is also written.
-        arguments: Arguments of ``render``.
-        partition: Slurm partition. If "", the default of Slurm is used.
-        account: Slurm account. If "", the default of Slurm is used.
-        time: Time limit of one start of the job, in the format of Slurm. If "", the default of Slurm is used.
 
     Raises:
         InputError: The path of the folder contains characters that Slurm does not accept.
     """
-    options: dict[str, str | int] = {
+    words: dict[str, str | int] = {
         "job-name": f"render-{re.sub(r'[^A-Za-z0-9]+', '-', out.name).strip('-')}",
-        "nodes": nodes,
-        "gres": f"gpu:{gpus}" if gpus else "",  # --exclusive does not assign GPUs to a step
-        "partition": partition,
-        "account": account,
-        "time": time,
+        "nodes": options.nodes,
+        "gres": f"gpu:{options.gpus}" if options.gpus else "",  # --exclusive does not assign GPUs to a step
+        "partition": options.partition,
+        "account": options.account,
+        "time": options.time,
         "output": f"{slurm.checked('out', out.as_posix())}/slurm-%j.log",
     }
-    render = ["python", "-m", "data_tools", "render", *arguments]
-    return slurm.sbatch_command(JOB_SCRIPT, options, [str(Path(sys.executable).parent), str(gpus), *render])
+    environment = str(Path(sys.executable).parent)
+    render = ["python", "-m", "data_tools", "render", *options.arguments]
+    return slurm.sbatch_command(JOB_SCRIPT, words, [environment, str(options.gpus), *render])
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -110,12 +85,12 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
         usage="python -m data_tools launch [options] -- [arguments of render]",
         description=(
             "Submit a Slurm job that starts Ray on whole nodes with `ray symmetric-run` and renders on all of them. "
-            "Its log is OUT/slurm-JOB.log. After its time limit or the loss of a node, the job is requeued and "
-            "continues."
+            "The log is OUT/slurm-JOB.log. If the time limit is reached or a node fails, the job is requeued and "
+            "resumes."
         ),
     )
     slurm.add_options(parser)
     add = parser.add_argument
-    add("--time", default="", help="time limit of one start of the job (default: Slurm's)")
+    add("--time", default="", help="time limit of one start of the job (default: limit of Slurm)")
     add("--dry-run", action="store_true", help="print the command without running it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)

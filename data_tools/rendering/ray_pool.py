@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from data_tools.assets.asset_list import Asset
 from data_tools.blender import process as blender_process
@@ -118,12 +119,12 @@ class RenderActor:
 
     def _ready(self) -> BlenderProcess:
         blender = self._blender
-        if blender is not None and (not blender.is_alive() or blender.served >= self._options.limits.objects):
+        if blender and (not blender.is_alive() or blender.served >= self._options.limits.objects):
             blender.close()
-            self._blender = blender = None
-        if blender is None:
-            self._blender = blender = self._start()
-        return blender
+            self._blender = None
+        if self._blender is None:
+            self._blender = self._start()
+        return self._blender
 
     def _start(self) -> BlenderProcess:
         """Start Blender. If this fails, the start is retried."""
@@ -170,7 +171,7 @@ class RenderPool:
             BlenderError: Blender cannot be started, or the nodes have different renderers.
         """
         waiting, busy = deque(assets), dict[ObjectRef, tuple[ActorHandle, Asset]]()
-        crashes, lost = Counter[str](), Counter[str]()
+        failures = Counter[tuple[str, int]]()  # by id and maximum number of attempts
         while waiting or busy:
             while waiting and self._idle:
                 actor, asset = self._idle.pop(), waiting.popleft()
@@ -183,22 +184,17 @@ class RenderPool:
                     continue
                 actor, asset = busy.pop(reference)
                 try:
-                    result: RenderResult = ray.get(reference)
-                except RayTaskError as error:
-                    raise _cause(error) from error
+                    result = cast(RenderResult, _get(reference))
+                    self._idle.append(actor)
+                    attempts = _MAX_CRASHES
                 except RayError as error:  # the worker, the node or the result was lost
                     self._actors.discard(actor)
-                    lost[asset.id] += 1
-                    if lost[asset.id] < _MAX_LOST_WORKERS:
-                        waiting.append(asset)
-                    else:
-                        yield RenderResult(
-                            asset, "crashed", f"node or Ray worker lost {_MAX_LOST_WORKERS} times: {error}"
-                        )
-                    continue
-                self._idle.append(actor)
-                crashes[asset.id] += result.status == "crashed"
-                if result.status == "crashed" and crashes[asset.id] < _MAX_CRASHES:
+                    attempts = _MAX_LOST_WORKERS
+                    result = RenderResult(
+                        asset, "crashed", f"node or Ray worker lost {attempts} times: {error}"
+                    )
+                failures[asset.id, attempts] += 1
+                if result.status == "crashed" and failures[asset.id, attempts] < attempts:
                     waiting.append(asset)
                 else:
                     yield result
@@ -210,8 +206,8 @@ class RenderPool:
 
     def describe(self) -> str:
         """Return a summary, for example ``2 Blender processes (2 CPUs each) on 1 node``."""
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        count = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
+        nodes = len(_alive_nodes())
+        count = self._count_available()
         resources = counted(self.resources.cpus, "CPU")
         resources += f" and {self.resources.gpus:g} GPU" if self.resources.gpus else ""
         each = " each" if count > 1 else ""
@@ -240,17 +236,22 @@ class RenderPool:
         """Start additional processes if the cluster has free resources and assets are waiting."""
         if time.monotonic() > self._next_poll:
             self._next_poll = time.monotonic() + _NODE_POLL_S
-            self._max_processes = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
+            self._max_processes = self._count_available()
         for _ in range(min(self._max_processes - busy - len(self._starting), waiting - len(self._starting))):
             self._add_actor()
 
-    def _add_actor(self) -> ObjectRef:
-        resources = self.resources
-        actor = (
-            ray.remote(RenderActor)
-            .options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-            .remote(self._options, resources.threads)
+    def _count_available(self) -> int:
+        """Return the number of processes for which the current nodes have resources, but at most ``jobs``."""
+        needed = {"CPU": self.resources.cpus, "GPU": self.resources.gpus}
+        counts = (
+            min(int(node.get(name, 0.0) / number) for name, number in needed.items() if number)
+            for node in _alive_nodes()
         )
+        return min(sum(counts), self._options.jobs or sys.maxsize)
+
+    def _add_actor(self) -> ObjectRef:
+        remote = ray.remote(RenderActor).options(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus)
+        actor = remote.remote(self._options, self.resources.threads)
         self._actors.add(actor)
         reference = actor.start.remote()
         self._starting[reference] = actor
@@ -259,15 +260,13 @@ class RenderPool:
     def _finish_start(self, reference: ObjectRef) -> None:
         actor = self._starting.pop(reference)
         try:
-            renderer = str(ray.get(reference))
-        except RayTaskError as error:
-            raise _cause(error) from error
+            renderer = str(_get(reference))
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise BlenderError(
                     expected=f"{blender_process.REPOSITORY} and the Python environment {sys.prefix} on every node",
                     found=str(error).splitlines()[-1],
-                    remedy="start Ray in that environment on every node, or use a shared file system",
+                    remedy="start Ray in this environment on every node, or use a shared file system",
                 ) from error
             # The node was lost before the process started. ``_grow`` starts a new process.
             self._actors.discard(actor)
@@ -276,7 +275,7 @@ class RenderPool:
             raise BlenderError(
                 expected=f"the renderer {self.renderer} on every node",
                 found=renderer,
-                remedy="use identical nodes, so that all images are rendered alike",
+                remedy="use nodes with the same renderer, because it affects the pixels",
             )
         self.renderer = renderer
         self._idle.append(actor)
@@ -297,57 +296,50 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address:
-        try:
-            host, _, port = address.rpartition(":")
-            if "/" not in host and port.isdecimal():
-                # Without this check, it would take minutes until ``ray.init`` fails.
-                socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-            with _own_signals():
-                ray.init(address, **quiet)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise BlenderError(
-                expected=f"a Ray cluster at RAY_ADDRESS={address}",
-                found=error,
-                remedy=(
-                    "start one with `ray start --head`, set RAY_AUTH_MODE=token if it requires a token, or unset "
-                    "RAY_ADDRESS to render on this machine only"
-                ),
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    cpus = len(os.sched_getaffinity(0))
-    # Otherwise, Ray writes a token to the home folder, which may be missing or read-only.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # The default folder may belong to a different user. The path must be short, because it contains sockets.
-    folder = ScratchFolder("lrm-ray-", Path("/tmp"))
+    address, folder = os.environ.get("RAY_ADDRESS"), None
     try:
-        with _own_signals():
-            ray.init(
+        if address:
+            _connect(address)
+        else:
+            # Otherwise, Ray writes a token to the home folder, which may be missing or read-only.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            # The default folder may belong to a different user. The path must be short, because it contains sockets.
+            folder = ScratchFolder("lrm-ray-", Path("/tmp"))
+            _init_ray(
                 "local",
-                num_cpus=max(cpus, jobs or 1),
+                num_cpus=max(len(os.sched_getaffinity(0)), jobs or 1),
                 include_dashboard=False,
                 object_store_memory=_STORE_BYTES,
                 _temp_dir=str(folder.path),
-                **quiet,
             )
         yield
     finally:
         ray.shutdown()
-        folder.remove()
+        if folder:
+            folder.remove()
 
 
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Restore the SIGTERM handler, which ``ray.init`` replaces."""
+def _connect(address: str) -> None:
+    """Connect to a Ray cluster."""
+    try:
+        host, _, port = address.rpartition(":")
+        if "/" not in host and port.isdecimal():
+            # Without this check, it would take minutes until ``ray.init`` fails.
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        _init_ray(address)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise BlenderError(
+            expected=f"a Ray cluster at RAY_ADDRESS={address}",
+            found=error,
+            remedy="run `ray start --head`, set RAY_AUTH_MODE=token if it requires a token, or unset RAY_ADDRESS",
+        ) from error
+
+
+def _init_ray(address: str, **options: object) -> None:
+    """Initialize Ray, and restore the SIGTERM handler, which ``ray.init`` replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        yield
+        ray.init(address, log_to_driver=False, logging_level="error", **options)
     except SystemExit:  # raised by the SIGTERM handler of Ray during ``ray.init``
         if callable(handler):
             handler(signal.SIGTERM, None)
@@ -356,13 +348,18 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+def _alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _choose_resources(jobs: int | None) -> WorkerResources:
     """Choose the resources per process.
 
     A process uses one GPU, or a fraction of a GPU if there are more processes than GPUs. If no GPUs are available, it
     uses CPUs only.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _alive_nodes()
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if gpus:
         each = min(1.0, gpus / (jobs or gpus))
@@ -375,19 +372,9 @@ def _choose_resources(jobs: int | None) -> WorkerResources:
     return WorkerResources(each, min(each + 1, largest))
 
 
-def _capacity(resources: WorkerResources) -> int:
-    """Return the number of processes for which the current nodes have resources."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(
-        int(
-            min(
-                node.get("CPU", 0.0) / resources.cpus,
-                node.get("GPU", 0.0) / resources.gpus if resources.gpus else sys.maxsize,
-            )
-        )
-        for node in nodes
-    )
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    return error.cause if isinstance(error.cause, BlenderError) else error
+def _get(reference: ObjectRef) -> object:
+    """Return the result of a call. An exception in the actor is raised without the traceback that Ray adds."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error

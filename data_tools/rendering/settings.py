@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from data_tools.quality.measures import DEFAULT_RULES, Rule, parse_rule
 from data_tools.rendering.cameras import PRESETS, CameraPreset
+from data_tools.rendering.shard_plan import estimate_object_bytes
 from lrm_pl.conventions import Normalization
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
@@ -20,10 +21,6 @@ SETTINGS_NAME = "render.json"
 #: Version of the rendering pipeline. It must be increased when a change affects the pixels or the layout of the shards.
 #: A folder with a different version cannot be resumed.
 PIPELINE_VERSION = 7
-
-
-class SettingsError(InputError):
-    """Raised if the settings are invalid or differ from the settings of the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +67,13 @@ class RenderSettings:
         """The rules that objects must satisfy."""
         return [parse_rule(rule) for rule in self.rules]
 
+    @property
+    def object_bytes(self) -> int:
+        """Upper estimate of the size of a sample in bytes."""
+        return estimate_object_bytes(
+            self.views, self.resolution, depth=self.depth, normals=self.normals, surface=self.surface
+        )
+
     def record(self) -> dict[str, Any]:
         """Return the settings and the ranges of the camera preset as JSON values."""
         ranges = dataclasses.asdict(self.cameras)
@@ -100,13 +104,13 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
         Whether the folder has a ``render.json``.
 
     Raises:
-        SettingsError: A setting differs, ``render.json`` is invalid, or the folder has shards but no ``render.json``.
+        InputError: A setting differs, ``render.json`` is invalid, or the folder has shards but no ``render.json``.
     """
     path = folder / SETTINGS_NAME
     if not path.is_file():
         strays = sorted(p.name for pattern in ("*.tar", "manifest.json") for p in folder.glob(pattern))
         if strays:
-            raise SettingsError(
+            raise InputError(
                 subject=folder,
                 expected=f"an empty folder or a folder with {SETTINGS_NAME}",
                 found=f"{strays[0]} with unknown settings",
@@ -117,7 +121,7 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
         found = read_settings(folder)
         found_renderer = found.pop("renderer")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SettingsError(
+        raise InputError(
             subject=path,
             expected="render settings",
             found=f"{error!r}",
@@ -126,9 +130,9 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
     expected = settings.record()
     if renderer is not None:
         expected["renderer"], found["renderer"] = renderer, found_renderer
-    for name in [*expected, *(name for name in found if name not in expected)]:
+    for name in expected | found:
         if expected.get(name) != found.get(name):
-            raise SettingsError(
+            raise InputError(
                 subject=f"{path}: {name}",
                 expected=f"{expected.get(name)!r}",
                 found=f"{found.get(name)!r} in the folder",
@@ -157,11 +161,6 @@ _REPACKED = {
 
 def _remedy(name: str, folder: Path) -> str:
     if name in _REPACKED:
-        return (
-            "finish the folder with these settings, then change them without rendering: `python -m data_tools repack "
-            f"--shards {folder} --out ... {_REPACKED[name]}`. Or choose another OUT="
-        )
-    return (
-        "use the settings of the folder, or choose another OUT=. `python -m data_tools merge` joins finished folders "
-        "that have the same views, resolution and scale"
-    )
+        repack = f"python -m data_tools repack --shards {folder} --out ... {_REPACKED[name]}"
+        return f"finish the folder, then run `{repack}`, or choose another OUT="
+    return "use the settings of the folder, or choose another OUT= and join the finished folders with `merge`"

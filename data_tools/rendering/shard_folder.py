@@ -225,10 +225,7 @@ def find_changed_records(
                 subject=path,
                 expected=f"the sha256 {recorded.sha256} in the manifest",
                 found="a different sha256",
-                remedy=(
-                    f"the file is damaged: delete it and {folder / MANIFEST_NAME}, then run the same command to render "
-                    "its objects again"
-                ),
+                remedy=f"delete the damaged file and {folder / MANIFEST_NAME}, then run the same command again",
             )
     return changed
 
@@ -244,8 +241,8 @@ def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
 
 
 def reopen_shard(
-    folder: Path, planned: PlannedShard, failed: Collection[str], changed: Mapping[str, dict[str, bytes]]
-) -> None:
+    folder: Path, planned: PlannedShard, changed: Mapping[str, dict[str, bytes]], failed: Collection[str]
+) -> bool:
     """Split a shard into parts if an object is missing or if records have changed.
 
     An object can be missing, for example, because ``failures.jsonl`` was deleted. No object is lost if this operation
@@ -254,13 +251,16 @@ def reopen_shard(
     Args:
         folder: Folder of shards.
         planned: Shard to split.
-        failed: Ids of objects that are recorded as failed.
         changed: Mapping from ids to changed members.
+        failed: Ids of objects that are recorded as failed.
+
+    Returns:
+        Whether the shard must be written. It is False if the shard is complete and unchanged.
     """
     ids = shard_ids(folder, planned)
     if ids and not changed and all(key in ids or key in failed for key in planned.ids):
         _delete_parts(folder, planned)
-        return
+        return False
     parts = folder / PARTS_NAME
     tars = [folder / name for name in _names(planned)] + [parts / f"{key}.tar" for key in changed]
     for tar in (tar for tar in tars if tar.is_file()):
@@ -269,6 +269,7 @@ def reopen_shard(
             write_shard(parts, f"{key}.tar", planned.split, [(key, members | changed.get(key, {}))])
         if tar.parent == folder:
             tar.unlink()
+    return True
 
 
 def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rule]) -> None:

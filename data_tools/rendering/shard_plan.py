@@ -105,20 +105,15 @@ def split_into_shards(
     Args:
         members: Mapping from splits to ids.
         shard_size: Number of objects per shard.
-        first: Mapping from splits to the number of the first shard. If None, the first shard has the number 0.
+        first: Mapping from splits to the number of the first shard, which is 0 by default.
 
     Raises:
         InputError: ``shard_size`` is not positive.
     """
     if shard_size < 1:
         raise InputError(expected="a --shard-size of at least 1", found=shard_size)
-    numbers = first or dict.fromkeys(members, 0)
     return tuple(
-        PlannedShard(
-            f"{split}-{numbers[split] + start // shard_size:06d}.tar",
-            split,
-            tuple(keys[start : start + shard_size]),
-        )
+        PlannedShard(f"{split}-{number:06d}.tar", split, tuple(keys[start : start + shard_size]))
         for split, keys in members.items()
-        for start in range(0, len(keys), shard_size)
+        for number, start in enumerate(range(0, len(keys), shard_size), (first or {}).get(split, 0))
     )

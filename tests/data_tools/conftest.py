@@ -1,5 +1,6 @@
 """Fixtures shared by the modules of this folder."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -9,8 +10,11 @@ from data_tools.blender import process as blender_process
 from data_tools.rendering import ray_pool
 from lrm_pl.data.synthetic import synthetic_sample
 from tests.builders import STAND_IN_WORKER
+from tests.data_tools.driver_runs import run
 from tests.data_tools.layout_folders import WRITERS
 from tests.data_tools.mvimgnet_videos import FRAMES, SIDE, write_video
+
+STAND_IN_COMMAND = (sys.executable, str(STAND_IN_WORKER))
 
 
 @pytest.fixture
@@ -31,20 +35,43 @@ def layout(request, monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN_WORKER)))
+    """Replace Blender with ``stand_in_worker.py``."""
+    monkeypatch.setattr(blender_process, "COMMAND", STAND_IN_COMMAND)
 
 
 @pytest.fixture(scope="module")
 def one_ray_for_all():
-    """Starting Ray takes seconds; ``render`` uses the one that there is."""
+    """Start Ray, which takes seconds. ``render`` uses the existing connection."""
     with ray_pool.connect_ray(4):
         yield
 
 
-@pytest.fixture
-def assets(tmp_path):
-    folder = tmp_path / "assets"
+def write_meshes(folder):
+    """Write the assets a to f, which the stand-in renders."""
     folder.mkdir()
     for name in "abcdef":
         (folder / f"{name}.glb").write_text("fine")
     return folder
+
+
+@pytest.fixture
+def assets(tmp_path):
+    return write_meshes(tmp_path / "assets")
+
+
+@pytest.fixture(scope="module")
+def reference(one_ray_for_all, tmp_path_factory):
+    """Folder with the assets a to f and their shards in ``out``, rendered once with two processes. It is read-only."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blender_process, "COMMAND", STAND_IN_COMMAND)
+        run(write_meshes(folder / "assets"), folder / "out", jobs=2)
+    return folder
+
+
+@pytest.fixture
+def out(reference, assets, tmp_path):
+    """Complete folder of the shards of ``assets``."""
+    shutil.copytree(reference / "assets", assets, dirs_exist_ok=True)
+    shutil.copytree(reference / "out", tmp_path / "out")
+    return tmp_path / "out"

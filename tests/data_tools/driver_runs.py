@@ -9,9 +9,9 @@ from data_tools.rendering import ray_pool
 from tests.builders import RENDER_SETTINGS
 
 
-def run(assets, out, settings=RENDER_SETTINGS, jobs=2, **limits):
+def run(assets, out, settings=RENDER_SETTINGS, jobs=1, **limits):
     options = ray_pool.PoolOptions(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
-    return render_module.render(find_assets(assets, out), out, settings, options)
+    return render_module.render(find_assets(assets, out), out, options)
 
 
 def failures(out):

@@ -1,4 +1,4 @@
-"""A rendering job under Slurm with Ray and Blender, if Slurm is installed."""
+"""Slurm job that renders with Ray and Blender. The test is skipped if Slurm is not installed."""
 
 import os
 import re
@@ -14,18 +14,20 @@ from tests.servers.slurm import idle_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.blender]
 
-#: Ray's launcher refuses a machine on which Ray runs, and at its end kills all Ray there. On a node that is shared with
-#: other tests it therefore gets processes of its own.
+#: `ray symmetric-run` fails if Ray is already running on the machine, and stops all Ray processes at the end. It is run
+#: in a separate process namespace, so that it does not affect other tests on the same node.
 ALONE = "unshare --map-root-user --pid --fork --kill-child --mount-proc"
 
 
 @pytest.fixture
 def here(tmp_path, root, monkeypatch):
-    """A working folder with the job template and two meshes; needs an idle node."""
+    """Working folder with the job template and two meshes. An idle node is required."""
     if not (idle := idle_nodes()):
-        pytest.skip(f"needs a Slurm with an idle node, but found {idle}")
+        pytest.skip(f"requires Slurm with an idle node, but found {idle}")
     if subprocess.run([*ALONE.split(), "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs namespaces of processes, so that other Ray on this machine is left alone")
+        pytest.skip(
+            "requires process namespaces, so that other Ray processes on this machine are not affected"
+        )
     template = (root / "configs" / "cluster" / "render.sbatch").read_text()
     (tmp_path / "configs" / "cluster").mkdir(parents=True)
     alone, lines = re.subn(
@@ -49,7 +51,7 @@ def launch(python, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python):
+def test_a_job_renders_and_completes_with_status_0(here, render_python):
     assert "found the partitions" in launch(render_python, "--partition=no-such").stderr
     done = launch(render_python, "--nodes=1", "--gpus=0", "--time=5")
     job = re.search(r"^Submitted job (\d+)\.", done.stdout, re.MULTILINE)
@@ -69,4 +71,6 @@ def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python)
     assert re.search(r"JobState=COMPLETED .*ExitCode=0:0$", state, re.DOTALL | re.MULTILINE), state
     manifest = read_manifest(here / "out")
     assert (manifest.failures, sum(shard.samples for shard in manifest.shards)) == (0, 2)
-    assert not os.path.exists(f"{tempfile.gettempdir()}/lrm-ray-{job[1]}"), "what Ray left is removed"
+    assert not os.path.exists(f"{tempfile.gettempdir()}/lrm-ray-{job[1]}"), (
+        "the temporary folder of Ray is removed"
+    )

@@ -1,4 +1,4 @@
-"""Measures of images and rules, by hand."""
+"""Measures of images, and rules."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from data_tools.quality.measures import (
     CROPPED_RULE,
     DEFAULT_RULES,
     MeshMeasures,
-    RuleError,
     broken_rules,
     decode_measures,
     encode_measures,
     measure_views,
     parse_rule,
 )
+from lrm_pl.errors import InputError
 
 MESH = MeshMeasures(
     triangles=12,
@@ -43,7 +43,7 @@ def image(box, color, side=10):
     return rgba
 
 
-def test_what_images_show_is_measured():
+def test_measures_of_views_match_known_values():
     red_inside = image((2, 2, 6, 7), (200, 0, 0))  # 20 of 100 pixels
     red_inside[5, 2:7, :3] = 4  # 5 of them are black
     white_at_the_edge = image((0, 0, 2, 5), (250, 255, 251))  # 10 of 100, at the top and the left
@@ -56,7 +56,7 @@ def test_what_images_show_is_measured():
     assert decode_measures("a", encode_measures(found)) == found
 
 
-def test_rules_say_what_an_object_breaks():
+def test_violated_rules_are_described():
     white = measure_views(MESH, [image((0, 0, 10, 10), (255, 255, 255))])
     said = broken_rules(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, CROPPED_RULE)])
     assert said == "white 1, expected <= 0.95; cropped 1, expected <= 0.5"
@@ -67,15 +67,14 @@ def test_rules_say_what_an_object_breaks():
 @pytest.mark.parametrize(
     "text", ["color > 1", "white", "white > x", "white > 1.2.3", "__class__ == 1", "white =< 1"]
 )
-def test_a_rule_that_is_none_is_refused_with_an_example(text):
+def test_an_invalid_rule_raises_an_error_with_an_example(text):
     with pytest.raises(
-        RuleError,
         match=r"expected a rule such as 'coverage >= 0\.01', but found .*measures .*triangles, ",
     ):
         parse_rule(text)
 
 
-def test_damaged_measures_are_refused():
+def test_damaged_measures_raise_an_error():
     record = json.loads(encode_measures(measure_views(MESH, [image((0, 0, 9, 9), (9, 9, 9))])))
     for wrong in (
         b"{",
@@ -84,6 +83,6 @@ def test_damaged_measures_are_refused():
         json.dumps(record | {"x": 1}).encode(),
     ):
         with pytest.raises(
-            RuleError, match=r"sample 'a': expected finite measures triangles, .* in a\.measures\.json"
+            InputError, match=r"sample 'a': expected finite measures triangles, .* in a\.measures\.json"
         ):
             decode_measures("a", wrong)

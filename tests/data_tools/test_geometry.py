@@ -1,4 +1,4 @@
-"""Depth and normals beside views, without Blender: what repack, merge, validate, inspect and training make of them."""
+"""Depth and normal maps in repack, merge, validate, inspect and training, without Blender."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ VIEWS, SIDE = 4, 32
 
 
 def with_geometry(key, seed):
-    """Make an ellipsoid with its depth, and with normals of a card that faces the camera."""
+    """Return views of an ellipsoid with depth maps, and with normals that point to the camera."""
     sample = synthetic_sample(key, VIEWS, SIDE, seed)
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     radii = np.random.default_rng(int.from_bytes(digest[:8], "little")).uniform(0.4, 0.95, 3)
@@ -63,7 +63,7 @@ def sample():
 
 @pytest.fixture
 def folder(tmp_path, sample):
-    """Two objects with depth and normals and one without."""
+    """Folder with two objects with depth and normal maps and one object without."""
     others = [synthetic_sample("b", VIEWS, SIDE, 1), with_geometry("c", 2)]
     path = tmp_path / "made"
     path.mkdir()
@@ -73,7 +73,7 @@ def folder(tmp_path, sample):
     return path
 
 
-def test_depth_leads_back_to_the_points_that_were_seen_by_hand():
+def test_depth_is_back_projected_to_known_points():
     depth = np.zeros((2, 4), np.float32)
     depth[1, 2] = 2.0  # the pixel's center is at (2.5 / 4, 1.5 / 2)
     c2w = np.eye(4, dtype=np.float32)
@@ -84,14 +84,14 @@ def test_depth_leads_back_to_the_points_that_were_seen_by_hand():
     np.testing.assert_allclose(points, [(12, 20.5, 30.5)])
 
 
-def test_repack_and_merge_keep_the_bytes_unless_the_size_changes(folder, shards, tmp_path):
+def test_repack_keeps_the_bytes_unless_the_size_changes(folder, shards, tmp_path):
     assert validate(folder) == 0
     for name, resolution in (("copy", None), ("same", SIDE)):
         repack([folder], tmp_path / name, resolution=resolution, shard_size=1)
         assert members(tmp_path / name) == members(folder)
 
 
-def test_a_smaller_folder_has_smaller_geometry_and_is_still_right(folder, tmp_path):
+def test_repack_downsamples_depth_and_normal_maps(folder, tmp_path):
     repack([folder], tmp_path / "small", resolution=SIDE // 2)
     assert validate(tmp_path / "small") == 0
     found = members(tmp_path / "small")
@@ -104,7 +104,7 @@ def test_a_smaller_folder_has_smaller_geometry_and_is_still_right(folder, tmp_pa
     np.testing.assert_allclose(depth[alpha == 255], before[alpha == 255], atol=8 / 65535)
 
 
-def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
+def test_depth_and_normal_maps_are_downsampled_without_averaging(sample):
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[:, 1:] = 255
     depth = np.array([[0, 1, 2, 3], [0, 5, 6, 7], [0, 1, 1, 2], [0, 0, 2, 2]], dtype=np.float64)
@@ -114,7 +114,7 @@ def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
     views = (encode_image(rgba), *sample.views[1:])
     one = dataclasses.replace(sample, views=views, extras=extras)
     small = resize_geometry(one, (resized("a", views[0], 2), *views[1:]))
-    # of each block of four that below and to the right: 5, 7, 0 and 2
+    # The lower right pixels of the blocks of four pixels are 5, 7, 0 and 2.
     np.testing.assert_allclose(
         decode_depth("a", "depth_000.png", small["depth_000.png"]), [[5, 7], [0, 2]], atol=8 / 65535
     )
@@ -159,7 +159,7 @@ def _beside(pixels, alpha):
         ("normal_001.png", None, "normal maps of all 4 views, but found 3 (normal_001.png is missing)"),
     ],
 )  # fmt: skip
-def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, change, message):
+def test_invalid_maps_are_reported_with_shard_sample_and_member(folder, capsys, name, change, message):
     content = members(folder)
     extras = content["c"][1]
     encoded = extras.pop(name)
@@ -177,7 +177,7 @@ def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, 
     assert "3 objects in 1 shard: 1 problem\n" in out
 
 
-def test_geometry_of_a_view_that_is_not_there_is_named(sample):
+def test_a_map_of_a_missing_view_raises_an_error(sample):
     more = dataclasses.replace(
         sample, extras=sample.extras | {"depth_004.png": sample.extras["depth_000.png"]}
     )
@@ -185,12 +185,12 @@ def test_geometry_of_a_view_that_is_not_there_is_named(sample):
         check_geometry(more)
 
 
-def test_inspect_counts_the_objects_that_have_them(folder, capsys):
+def test_inspect_counts_objects_with_maps(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
     assert "objects with geometry          2 / 2 / 0" in capsys.readouterr().out
 
 
-def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone(folder):
+def test_training_reads_only_the_cameras_and_the_selected_views(folder):
     class Counting(ShardSource):
         def read(self, shard, spans):
             read.extend(size for _, size in spans)
@@ -200,22 +200,22 @@ def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone
     (shard,) = read_manifest(folder).shards
     sample = ShardReader([Entry(Counting(str(folder)), shard, 0)]).read(SampleLocation(0, 0, 2), [1])
     content = members(folder)["c"][1]
-    # adjacent members are read at once, with their headers and padding
+    # Adjacent members are read together, with headers and padding.
     needed = [["c2w.npy"], ["fxfycxcy.npy", "json"], ["view_001.webp"]]
     assert read == [sum(512 + -(-len(content[name]) // 512) * 512 for name in names) for names in needed]
     assert sample.views == (b"", content["view_001.webp"], b"", b"")
     assert sample.extras == {}
 
 
-def test_points_are_drawn_uniformly_by_area_and_have_their_triangles_normals():
-    # two triangles in z = 0, of areas 1/2 and 3/2, and one without an area
+def test_surface_points_are_uniform_and_have_the_normals_of_the_triangles():
+    # Two triangles in the plane z = 0 with areas 1/2 and 3, and a triangle with zero area.
     vertices = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0), (4, 0, 0), (2, 2, 0)], dtype=np.float64)
     faces = np.array([(0, 1, 2), (0, 1, 0), (1, 4, 3)], dtype=np.int32)
     points, normals = sample_surface([(vertices, faces)], 40_000, np.random.default_rng(0))
     left = points[:, 0] + points[:, 1] < 1
     assert abs(left.mean() - 0.5 / 3.5) < 0.01
     np.testing.assert_array_equal(normals, np.where(left[:, None], (0, 0, 1), (0, 0, -1)))
-    # the mean over a triangle is its centroid; the share of its corner (half the sides) is a quarter
+    # The mean of the points is the centroid. A corner with half the side lengths contains a quarter of the points.
     np.testing.assert_allclose(points[left].mean(axis=0), (1 / 3, 1 / 3, 0), atol=0.01)
     assert abs((points[left][:, :2].sum(axis=1) < 0.5).mean() - 0.25) < 0.02
     with pytest.raises(InputError, match="expected a surface, but found triangles of zero area"):
@@ -231,7 +231,7 @@ def test_points_are_drawn_uniformly_by_area_and_have_their_triangles_normals():
         (lambda record: record + np.nan, "expected the points of surface.npy within"),
     ],
 )
-def test_a_surface_that_is_none_is_refused(spoil, message):
+def test_an_invalid_surface_raises_an_error(spoil, message):
     normals = np.random.default_rng(0).normal(size=(SURFACE_POINTS, 3))
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     points = normals / np.abs(normals).max(axis=1, keepdims=True)
@@ -242,7 +242,7 @@ def test_a_surface_that_is_none_is_refused(spoil, message):
         decode_surface("a", encode_array(record))
 
 
-def test_depth_along_the_ray_is_not_taken_for_depth_along_the_axis(sample):
+def test_depth_along_the_ray_raises_an_error(sample):
     check_geometry(sample)
     extras = dict(sample.extras)
     x, y = np.meshgrid(*((np.arange(SIDE) + 0.5) / SIDE - 0.5,) * 2)
@@ -254,7 +254,7 @@ def test_depth_along_the_ray_is_not_taken_for_depth_along_the_axis(sample):
         check_geometry(dataclasses.replace(sample, extras=extras))
 
 
-def test_normals_that_face_away_are_named(sample):
+def test_normals_that_face_away_raise_an_error(sample):
     name = normal_member(1)
     seen = decode_image("a", sample.views[1])[..., 3:] > 0
     extras = sample.extras | {name: encode_normals(np.where(seen, sample.c2w[1, :3, 2], 0.0))}

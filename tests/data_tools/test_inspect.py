@@ -1,4 +1,4 @@
-"""What `data_tools inspect` says of a folder: numbers that can be known beforehand, and a page that shows them."""
+"""Statistics and HTML page of `data_tools inspect`."""
 
 import html.parser
 import json
@@ -19,7 +19,7 @@ from tests.builders import spoil_first_poses
 
 @pytest.fixture
 def folder(tmp_path):
-    """One object of two views whose numbers are known; its name and license want to be markup."""
+    """Folder with one object, which has two views with known statistics. Its name and license contain HTML tags."""
     rgba = np.zeros((2, 20, 20, 4), dtype=np.uint8)
     rgba[0, :5] = 255  # a quarter
     rgba[1] = 255
@@ -36,7 +36,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_numbers_are_those_that_are_known(folder):
+def test_statistics_match_known_values(folder):
     found = collect_statistics(folder, read_manifest(folder))
     expected = {
         ("camera distance", "scene units"): [3, 2**0.5],
@@ -50,7 +50,7 @@ def test_numbers_are_those_that_are_known(folder):
     assert {unit for _, unit in found.quantities.keys() - expected.keys()} == {"kB"}
 
 
-def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
+def test_the_page_is_self_contained_and_escapes_records(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
     text = (folder / "inspect.html").read_text()
     seen = []
@@ -79,21 +79,21 @@ def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
     assert f"page           {folder / 'inspect.html'}" in out
 
 
-def test_a_histogram_counts_every_value_also_where_all_are_equal():
+def test_a_histogram_counts_all_values_even_if_they_are_equal():
     heights = re.compile(r'height="([\d.]+)" fill')
     for values in (np.array([1.0, 1.0, 1.0]), np.linspace(0, 1, 24)):
         bars = [float(height) for height in heights.findall(histogram(values))]
         assert len(bars) == 24
         assert max(bars) == 120
-    assert sum(bars) == 24 * 120, "one value in each of 24 bars"
+    assert sum(bars) == 24 * 120, "one value in each of 24 bins"
 
 
-def test_a_plot_of_many_cameras_stays_small():
+def test_the_number_of_points_in_a_plot_is_limited():
     place = np.random.default_rng(0).normal(size=(100_000, 3))
     assert plot_cameras(place).count("<circle") <= 2 * 2000 + 2
 
 
-def test_a_damaged_folder_points_to_validate(shards, tmp_path):
+def test_a_damaged_folder_raises_an_error_that_suggests_validate(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     spoil_first_poses(broken / "train-000000.tar")
@@ -103,7 +103,7 @@ def test_a_damaged_folder_points_to_validate(shards, tmp_path):
         inspect(broken)
 
 
-def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys):
+def test_outcomes_are_counted_without_a_filter_table(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
     assert re.search(r"outcomes\s+2 values: kept 1, failed 1\n", capsys.readouterr().out)
 
@@ -121,7 +121,7 @@ def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys
         ("failures.jsonl", b"\xff\n", "line 1: "),
     ],
 )
-def test_a_damaged_table_or_list_is_one_message(folder, name, content, message, capsys):
+def test_a_damaged_table_or_list_raises_an_error_with_a_remedy(folder, name, content, message, capsys):
     (folder / name).write_bytes(content)
     assert main(["inspect", "--shards", str(folder)]) == 1
     assert re.match(rf"error: \S*{name}[:,].*{message}", capsys.readouterr().err.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The driver and its folder, with a stand-in for Blender that answers at once."""
+"""The render driver and its output folder, with a stand-in for Blender that responds immediately."""
 
 import contextlib
 import dataclasses
@@ -30,10 +30,11 @@ from tests.data_tools.driver_runs import failures, run
 pytestmark = pytest.mark.usefixtures("stand_in", "one_ray_for_all")
 
 
-def test_a_run_makes_every_shard_and_a_second_run_renders_nothing(assets, tmp_path, capfd):
+def test_a_run_writes_all_shards_and_a_second_run_renders_nothing(assets, tmp_path, reference, capfd):
     out = tmp_path / "out"
     manifest = run(assets, out)
-    # sha256 of d is the smallest of a to f
+    assert read_tars(out) == read_tars(reference / "out"), "the number of processes does not affect the bytes"
+    # d has the smallest sha256 of a to f
     assert [(s.name, s.samples) for s in manifest.shards] == [
         ("train-000000.tar", 2),
         ("train-000001.tar", 2),
@@ -52,22 +53,21 @@ def test_a_run_makes_every_shard_and_a_second_run_renders_nothing(assets, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
 
 
-def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd):
-    run(assets, tmp_path / "whole")
+def test_failed_objects_do_not_change_the_assignment_of_other_objects(assets, tmp_path, reference, capfd):
     for name, what in {"b": "bad", "c": "dies", "e": "bad"}.items():
         (assets / f"{name}.glb").write_text(what)
     out = tmp_path / "out"
     manifest = run(assets, out)
     assert manifest.failures == 3
     held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
-    # train is a b | c e | f: the second shard has no object left, it is not written and not in the manifest
+    # The training shards are a b | c e | f. The second shard has no objects, so it is not written.
     assert held == {"train-000000.tar": ["a"], "train-000002.tar": ["f"], "val-000000.tar": ["d"]}
-    whole, holed = read_tars(tmp_path / "whole"), read_tars(out)
+    whole, holed = read_tars(reference / "out"), read_tars(out)
     assert all(holed[name] == whole[name] for name in ("train-000002.tar", "val-000000.tar"))
     reasons = failures(out)
     assert reasons["b"] == "is bad"
     assert "Blender exited with status -6. Last output" in reasons["c"]
-    assert "about to die" in reasons["c"]  # the tail of what it printed
+    assert "about to die" in reasons["c"]  # the last output
     logs = {path.name: path.read_text() for path in (out / "quarantine").iterdir()}
     assert logs["b.log"] == "is bad\n\nwhat Blender says\n"
     assert logs["c.log"].endswith("about to die\n")
@@ -79,7 +79,7 @@ def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd)
     assert "failed         3, see" in capfd.readouterr().out
 
 
-def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
+def test_only_the_object_that_exceeds_the_time_limit_fails(assets, tmp_path):
     (assets / "b.glb").write_text("slow")
     out = tmp_path / "out"
     start = time.monotonic()
@@ -88,18 +88,20 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
     assert failures(out)["b"].startswith("Blender took longer than 1 s")
 
 
-def test_the_time_limit_is_ten_minutes_and_grows_with_the_samples_that_are_computed():
+def test_the_default_time_limit_increases_with_the_number_of_samples():
     def limit(views, resolution, samples):
-        asked = dataclasses.replace(RENDER_SETTINGS, views=views, resolution=resolution, samples=samples)
-        return blender_process.time_limit_s(asked)
+        settings = dataclasses.replace(RENDER_SETTINGS, views=views, resolution=resolution, samples=samples)
+        return blender_process.time_limit_s(settings)
 
     assert limit(16, 128, 16) == pytest.approx(621, abs=1)
     assert limit(2, 8, 1) == pytest.approx(600, abs=0.01)
-    assert limit(64, 512, 16) == pytest.approx(600 + 64 * 2**18 * 16 / 2e5)  # half an hour; it took 130 s
+    assert limit(64, 512, 16) == pytest.approx(
+        600 + 64 * 2**18 * 16 / 2e5
+    )  # about 2000 s; rendering took 130 s
     assert limit(64, 1024, 128) == pytest.approx(12 * 3600, rel=0.02)
 
 
-def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
+def test_an_error_is_raised_if_all_assets_fail(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
     with pytest.raises(InputError, match="at least one rendered object, but found 6 failures"):
@@ -107,7 +109,7 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, monkeypatch):
+def test_insufficient_disk_space_raises_an_error_before_rendering(assets, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     message = r"expected about 0\.1 MB of free disk space, but found 0\.0 MB. Free some space, then run"
@@ -117,11 +119,12 @@ def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, 
 
 
 @pytest.mark.parametrize("where", ["driver", "worker"])
-def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp_path, monkeypatch, where):
-    run(assets, tmp_path / "whole")
+def test_a_full_disk_raises_an_error_and_the_next_run_resumes(
+    assets, tmp_path, reference, monkeypatch, where
+):
     out, original = tmp_path / "out", shard_folder.write_shard
     if where == "worker":
-        (assets / "full").touch()  # the stand-in answers "no space" while this file is there
+        (assets / "full").touch()  # the stand-in reports "no space" if this file exists
     else:
 
         def fail(folder, name, *args, **options):
@@ -138,24 +141,23 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
     else:
         monkeypatch.setattr(shard_folder, "write_shard", original)
     run(assets, out)
-    assert read_tars(out) == read_tars(tmp_path / "whole")
+    assert read_tars(out) == read_tars(reference / "out")
 
 
-def test_a_crash_costs_the_object_one_more_try(assets, tmp_path):
-    run(assets, tmp_path / "whole")
+def test_an_object_is_rendered_again_after_a_crash(assets, tmp_path, reference):
     (assets / "b.glb").write_text("dies once")
     assert run(assets, tmp_path / "out").failures == 0
-    assert read_tars(tmp_path / "out") == read_tars(tmp_path / "whole")
+    assert read_tars(tmp_path / "out") == read_tars(reference / "out")
 
 
-def test_an_object_over_the_memory_limit_costs_only_itself(assets, tmp_path):
+def test_only_the_object_that_exceeds_the_memory_limit_fails(assets, tmp_path):
     (assets / "b.glb").write_text("hungry")
     out = tmp_path / "out"
     assert run(assets, out, memory_gb=0.3).failures == 1
     assert re.match(r"Blender used 0\.[345] GB of memory, more than 0\.3 GB", failures(out)["b"])
 
 
-def test_a_process_serves_as_many_objects_as_it_may_and_is_replaced(assets, tmp_path):
+def test_a_process_is_replaced_after_the_maximum_number_of_objects(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("counts")
     run(assets, tmp_path / "out", jobs=1, objects=2)
@@ -164,8 +166,7 @@ def test_a_process_serves_as_many_objects_as_it_may_and_is_replaced(assets, tmp_
     assert sorted(sample.info.seed for sample in samples) == [1, 1, 1, 2, 2, 2]
 
 
-def test_objects_that_break_a_rule_go_to_shards_of_their_own(assets, tmp_path, capfd):
-    run(assets, tmp_path / "whole")
+def test_rejected_objects_are_written_to_separate_shards(assets, tmp_path, capfd):
     for name in "bd":
         (assets / f"{name}.glb").write_text("white")
     out = tmp_path / "out"
@@ -188,8 +189,7 @@ def test_objects_that_break_a_rule_go_to_shards_of_their_own(assets, tmp_path, c
 
 
 @pytest.mark.parametrize("victim", ["Blender", "Ray worker"])
-def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, victim):
-    run(assets, tmp_path / "whole")
+def test_killed_processes_do_not_change_the_bytes(assets, tmp_path, reference, victim):
     for name in "ab":
         (assets / f"{name}.glb").write_text("waits")
     out, killed = tmp_path / "out", []
@@ -198,8 +198,10 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
         while not killed:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    at_work = [str(STAND_IN_WORKER) in process.cmdline() and (assets / "a.working").exists()]
-                    if any(at_work):
+                    is_rendering = [
+                        str(STAND_IN_WORKER) in process.cmdline() and (assets / "a.working").exists()
+                    ]
+                    if any(is_rendering):
                         target = process if victim == "Blender" else process.parent()
                         assert victim == "Blender" or target.name().startswith("ray::")
                         target.send_signal(signal.SIGKILL)
@@ -214,10 +216,10 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
     thread.join()
     assert killed
     assert manifest.failures == 0
-    assert read_tars(out) == read_tars(tmp_path / "whole")
+    assert read_tars(out) == read_tars(reference / "out")
 
 
-def test_blender_goes_with_its_ray_worker(assets, tmp_path):
+def test_blender_is_stopped_with_its_ray_worker(assets, tmp_path):
     options = ray_pool.PoolOptions(assets, RENDER_SETTINGS, 1)
     pool = ray_pool.RenderPool(options)
     blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN_WORKER) in p.cmdline()]
@@ -226,7 +228,7 @@ def test_blender_goes_with_its_ray_worker(assets, tmp_path):
     blenders[0].wait(timeout=20)
 
 
-def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_next(assets):
+def test_processes_that_are_starting_when_the_pool_is_closed_release_their_cpus(assets):
     options = ray_pool.PoolOptions(assets, RENDER_SETTINGS, 4)
     for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
         pool = ray_pool.RenderPool(options)
@@ -239,7 +241,7 @@ def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_nex
     assert ray.available_resources()["CPU"] == 4
 
 
-def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
+def test_a_locked_folder_raises_an_error(assets, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(shard_folder, "LOCK_TIMEOUT_S", 0.2)
@@ -249,7 +251,7 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
             run(assets, out)
 
 
-def test_blender_that_does_not_start_is_one_clear_error(assets, tmp_path, monkeypatch):
+def test_blender_that_does_not_start_raises_an_error_with_its_output(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, "-c", "raise SystemExit('no bpy')"))
     with pytest.raises(
         BlenderError, match=r"(?s)Blender did not start with .*no bpy\. Run `make .venv-render`"
@@ -257,7 +259,7 @@ def test_blender_that_does_not_start_is_one_clear_error(assets, tmp_path, monkey
         run(assets, tmp_path / "out")
 
 
-def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
+def test_errors_are_printed_in_one_line_and_set_the_exit_status(tmp_path, capsys):
     assert main(["render", "--assets", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("error: expected glb, gltf, obj, ply, fbx files in ")
     with pytest.raises(SystemExit):
@@ -273,23 +275,22 @@ def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
         )
 
 
-def test_a_line_of_the_failures_that_is_none_is_named_with_the_remedy(assets, tmp_path):
-    run(assets, tmp_path)
+def test_an_invalid_line_of_the_failures_raises_an_error_with_a_remedy(assets, out):
     for line in ("garbage", "[1]", '{"id": "a"}'):
-        (tmp_path / "failures.jsonl").write_text(f"\n{line}\n")
+        (out / "failures.jsonl").write_text(f"\n{line}\n")
         with pytest.raises(InputError, match=r"failures\.jsonl, line 2: expected a record with id, .*Delete"):
-            run(assets, tmp_path)
+            run(assets, out)
 
 
-def test_a_blender_that_is_killed_while_it_starts_is_started_again(assets, tmp_path):
-    (assets / "a.glb").write_text("dies")  # so that a second process has to be started
+def test_blender_is_started_again_if_it_crashes_during_the_start(assets, tmp_path):
+    (assets / "a.glb").write_text("dies")  # so that a second process is started
     (assets / "one start fails").touch()
     manifest = run(assets, tmp_path / "out", jobs=1)
     assert not (assets / "one start fails").exists()
     assert sum(shard.samples for shard in manifest.shards) == 5
 
 
-def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_path):
+def test_an_unavailable_network_raises_an_error_and_records_no_failures(assets, tmp_path):
     for name in "abcdef":
         (assets / f"{name}.glb").write_text("unreachable")
     with pytest.raises(InputError, match=r"5 consecutive download failures: .*Run the same command again"):
@@ -301,7 +302,7 @@ def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_p
     assert manifest.failures == 0
 
 
-def test_a_line_of_the_failures_that_a_killed_run_began_is_not_taken_for_one(tmp_path):
+def test_an_incomplete_last_line_of_the_failures_is_ignored(tmp_path):
     path = tmp_path / "failures.jsonl"
     for key in "ba":
         shard_folder.add_failure(tmp_path, {"id": key, "file": f"{key}.glb", "reason": "stühle \udc80"}, "")
@@ -314,9 +315,9 @@ def test_a_line_of_the_failures_that_a_killed_run_began_is_not_taken_for_one(tmp
     assert shard_folder.read_failures(tmp_path) == found
 
 
-def test_ray_on_this_machine_writes_nothing_into_the_users_home(tmp_path, root):
+def test_local_ray_does_not_write_to_the_home_folder(tmp_path, root):
     home = tmp_path / "home"
-    home.touch()  # not even a folder
+    home.touch()  # not a folder, so nothing can be written to it
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     code = "from data_tools.rendering.ray_pool import connect_ray\nwith connect_ray(1): print('up')"
     done = subprocess.run(
@@ -326,14 +327,13 @@ def test_ray_on_this_machine_writes_nothing_into_the_users_home(tmp_path, root):
     assert done.stdout == "up\n", done.stderr
 
 
-def test_failures_are_tried_again_once_their_list_is_deleted(assets, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(assets, whole)
+def test_failed_objects_are_rendered_again_if_the_list_of_failures_is_deleted(assets, tmp_path):
+    out = tmp_path / "out"
     (assets / "b.glb").write_text("bad once")  # fails while the file "mended" is absent
     run(assets, out)
     assert set(failures(out)) == {"b"}
     (tmp_path / "assets" / "mended").touch()
-    assert run(assets, out).failures == 1  # remembered
+    assert run(assets, out).failures == 1  # the failure is recorded
     (out / "failures.jsonl").unlink()
     assert run(assets, out).failures == 0
     index = read_index(out, read_manifest(out).shards[0])

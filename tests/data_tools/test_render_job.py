@@ -1,5 +1,6 @@
-"""The Slurm job of the rendering: its command and its script."""
+"""Command and script of the Slurm job that renders."""
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ ARGUMENTS = ("--assets", "meshes", "--out", "data/mine")
 
 @pytest.fixture
 def checkout(tmp_path, root, monkeypatch):
-    """A working folder with the job scripts and two meshes, and a PATH without Slurm."""
+    """Working folder with the job scripts and two meshes. Slurm is not on PATH."""
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
     (tmp_path / "meshes").mkdir()
     for name in "ab":
@@ -31,12 +32,12 @@ def checkout(tmp_path, root, monkeypatch):
     return tmp_path
 
 
-def command_of(*arguments, **changes):
-    options = {"nodes": 8, "gpus": 0, "out": Path("data/mine")} | changes
-    return sbatch_command(options.pop("nodes"), options.pop("gpus"), options.pop("out"), arguments, **options)
+def command_of(*arguments, out="data/mine", **changes):
+    options = {"nodes": 8, "gpus": 0, "partition": "", "account": "", "time": ""} | changes
+    return sbatch_command(argparse.Namespace(arguments=arguments, **options), Path(out))
 
 
-def test_a_job_is_this_command(checkout, monkeypatch):
+def test_the_sbatch_command_contains_all_options(checkout, monkeypatch):
     monkeypatch.setattr("sys.executable", "/shared/my env/bin/python")
     assert command_of(*ARGUMENTS, gpus=4, partition="gpu", account="lab", time="1-00:00:00") == [
         *("sbatch", "--parsable", "--job-name=render-mine", "--nodes=8", "--gres=gpu:4", "--partition=gpu"),
@@ -46,13 +47,13 @@ def test_a_job_is_this_command(checkout, monkeypatch):
     ]
 
 
-def test_what_is_not_given_is_left_to_slurm(checkout):
+def test_options_that_are_not_set_are_omitted_from_the_command(checkout):
     command = command_of(*ARGUMENTS)
     assert not [word for word in command if re.match("--(gres|partition|account|time)", word)]
-    assert command[command.index("configs/cluster/render.sbatch") + 2] == "0", "GPUs of Ray"
+    assert command[command.index("configs/cluster/render.sbatch") + 2] == "0", "number of GPUs for Ray"
 
 
-#: Stand-ins for the programs of a node. `ray` runs what it is given, as on the head; its own status is ray_status.
+#: Stand-ins for the programs of a node. `ray` runs the command, as on the head node, and exits with status 0.
 STAND_INS = """
     SLURM_JOB_ID=$$ SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=n0 SLURM_PROCID=0; export SLURM_PROCID
     srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }
@@ -73,7 +74,7 @@ exit 0
 
 
 def node(checkout, python, *arguments):
-    """Start the job script with bash; `python` is a shell script that replaces the rendering."""
+    """Start the job script with bash. `python` is a shell script that replaces the rendering."""
     for name, text in (
         ("ray", RAY),
         ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n"),
@@ -92,17 +93,17 @@ def node(checkout, python, *arguments):
 
 
 @pytest.mark.parametrize("status", [0, 1, 130])
-def test_a_job_ends_with_the_status_of_the_rendering_whatever_ray_says(checkout, status):
+def test_the_exit_status_of_a_job_is_that_of_the_rendering(checkout, status):
     with node(checkout, f"echo rendering at $RAY_ADDRESS; exit {status}", *ARGUMENTS) as job:
         said = job.stdout.read()
     assert re.search(r"^rendering at \d+\.\d+\.\d+\.\d+:2\d{4}$", said, re.MULTILINE), said
-    assert "rendering at 127." not in said, "other nodes could not reach it"
+    assert "rendering at 127." not in said, "other nodes cannot reach a loopback address"
     assert f"the rendering ended with status {status};" in said
     assert "scancel .0\n" in said
     assert job.returncode == status
 
 
-def test_a_job_fails_where_ray_ends_well_and_nothing_was_rendered(checkout):
+def test_a_job_fails_if_ray_exits_without_rendering(checkout):
     (checkout / "no-head").touch()
     with node(checkout, "echo rendering", *ARGUMENTS) as job:
         said = job.stdout.read()
@@ -111,7 +112,7 @@ def test_a_job_fails_where_ray_ends_well_and_nothing_was_rendered(checkout):
     assert job.returncode == 1
 
 
-def test_a_job_whose_time_is_up_asks_for_another_start_at_once(checkout):
+def test_a_job_is_requeued_at_the_time_limit(checkout):
     with node(checkout, "sleep 5", *ARGUMENTS) as job:
         until = time.monotonic() + 30
         while not (checkout / "begun").exists():
@@ -122,7 +123,7 @@ def test_a_job_whose_time_is_up_asks_for_another_start_at_once(checkout):
     assert line == "scontrol requeue\n"
 
 
-def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout):
+def test_the_job_script_does_not_expand_arguments(checkout):
     nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
     with node(checkout, "printf '<%s>\\n' \"$@\"", *ARGUMENTS, *nasty) as job:
         said = job.stdout.read()
@@ -131,9 +132,9 @@ def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout):
 
 
 @pytest.mark.parametrize("out", ["data/a b", "data/%j", "--uid=0", "data\n#SBATCH --uid=0"])
-def test_a_folder_that_a_log_cannot_be_in_is_refused(checkout, out):
+def test_a_folder_name_that_slurm_does_not_accept_raises_an_error(checkout, out):
     with pytest.raises(InputError, match="expected a value like 'data/mine' for OUT"):
-        command_of(*ARGUMENTS, out=Path(out))
+        command_of(*ARGUMENTS, out=out)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +146,13 @@ def test_a_folder_that_a_log_cannot_be_in_is_refused(checkout, out):
         (("--gpus=-1",), (), "expected GPUS of at least 0, but found -1"),
     ],
 )
-def test_what_could_not_render_is_refused_before_it_waits_in_a_queue(
-    checkout, capsys, options, arguments, message
-):
+def test_invalid_options_raise_an_error_before_submission(checkout, capsys, options, arguments, message):
     given = ["launch", "--gpus=0", *options, "--dry-run", "--", *ARGUMENTS, *arguments]
     assert main(given) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout, capsys):
+def test_changed_settings_raise_an_error_before_submission(checkout, capsys):
     Path("data/mine").mkdir(parents=True)
     rules = (*DEFAULT_RULES, CROPPED_RULE)
     settings = RenderSettings("frame", "sphere", 16, 128, 16, seed=0, held_out=0, shard_size=8, rules=rules)
@@ -167,19 +166,19 @@ def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout
     assert "seed: expected 1, but found 0 in the folder" in capsys.readouterr().err
 
 
-def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):
+def test_an_unknown_argument_of_render_raises_an_error(checkout, capsys):
     with pytest.raises(SystemExit):
         main(["launch", "--gpus=0", "--dry-run", "--", "--vews", "4"])
     assert "unrecognized arguments: --vews" in capsys.readouterr().err
 
 
-def test_without_slurm_nothing_is_started_and_the_other_way_is_named(checkout, capsys):
+def test_a_missing_slurm_raises_an_error_that_suggests_ray(checkout, capsys):
     assert main(["launch", "--nodes=8", "--gpus=0", "--", *ARGUMENTS]) == 1
     assert re.search("expected Slurm, but found no `sbatch` on PATH. .*RAY_ADDRESS=", capsys.readouterr().err)
     assert not Path("data").exists()
 
 
-def test_a_dry_run_shows_the_command_and_writes_nothing(checkout, capsys):
+def test_a_dry_run_prints_the_command_and_writes_nothing(checkout, capsys):
     assert main(["launch", "--nodes=8", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--views", "4"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("sbatch --parsable --job-name=render-mine --nodes=8 ")
@@ -188,9 +187,7 @@ def test_a_dry_run_shows_the_command_and_writes_nothing(checkout, capsys):
     assert not Path("data").exists()
 
 
-def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_have(
-    checkout, capsys, monkeypatch
-):
+def test_partitions_and_gpus_are_queried_from_slurm(checkout, capsys, monkeypatch):
     for name, text in (
         ("sinfo", "echo 'main*|4|n0|(null)'; echo 'gpu|8|n1|gpu:a100:4'"),
         ("scontrol", "echo 'NodeName=n0 CPUTot=4 CPUEfctv=4'; echo 'NodeName=n1 CPUTot=8 CPUEfctv=6'"),
@@ -206,14 +203,14 @@ def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_hav
     assert "found only the partitions ['gpu', 'main*']" in capsys.readouterr().err
 
 
-def test_make_renders_here_unless_a_cluster_is_named(root):
-    def typed(*words):
+def test_make_renders_on_this_machine_unless_nodes_is_set(root):
+    def dry_run(*words):
         command = ["make", "-n", "-o", ".venv-render/ready", "render-shards", "OUT=data/mine", *words]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
     assert "data_tools render --assets='data_tools/demo_assets' --out='data/mine' --views='16' " in re.sub(
-        " +", " ", typed()
+        " +", " ", dry_run()
     )
     assert "data_tools launch --nodes='8' --partition='gpu' --dry-run -- --assets=" in re.sub(
-        " +", " ", typed("NODES=8", "PARTITION=gpu", "DRY_RUN=1")
+        " +", " ", dry_run("NODES=8", "PARTITION=gpu", "DRY_RUN=1")
     )

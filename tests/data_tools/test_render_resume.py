@@ -1,4 +1,4 @@
-"""Renderings that go on: added, changed and failed meshes, other settings, lost shards."""
+"""Resuming of rendering with added, changed and failed meshes, changed settings and missing shards."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from data_tools.quality.filter_table import read_infos
 from data_tools.quality.validate import find_file_problems
 from data_tools.rendering import driver as render_module
 from data_tools.rendering import ray_pool, resume, shard_folder
-from data_tools.rendering.settings import SettingsError, write_settings
+from data_tools.rendering.settings import write_settings
 from data_tools.shards.repack import repack
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
 from lrm_pl.errors import InputError
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("stand_in", "one_ray_for_all")
         (
             {"views": 3},
             "views: expected 3, but found 2 in the folder",
-            "Use the settings of the folder, or choose another OUT=.*merge",
+            "Use the settings of the folder, or choose another OUT= .*merge",
         ),
         ({"rules": ("white <= 1",)}, "rules: expected", r"repack --shards .* --out \.\.\. --where"),
         ({"held_out": 2}, "held_out: expected 2", "repack .* --held-out N"),
@@ -42,11 +42,11 @@ pytestmark = pytest.mark.usefixtures("stand_in", "one_ray_for_all")
         ({"resolution": 4}, "resolution: expected 4", "repack .* --res N"),
     ],
 )
-def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_path, change, found, remedy):
+def test_changed_settings_raise_an_error_that_suggests_repack(assets, tmp_path, change, found, remedy):
     out = tmp_path / "out"
     out.mkdir()
     write_settings(out, RENDER_SETTINGS, "stand-in")
-    with pytest.raises(SettingsError, match=found) as refusal:
+    with pytest.raises(InputError, match=found) as refusal:
         run(assets, out, dataclasses.replace(RENDER_SETTINGS, **change))
     assert re.search(remedy, str(refusal.value))
     assert "delete" not in str(refusal.value)
@@ -54,7 +54,7 @@ def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_pat
 
 @pytest.fixture
 def rendered_ids(monkeypatch):
-    """Notes which objects Blender processes are given."""
+    """List of the ids that each call of ``RenderPool.render`` receives."""
     given = []
     original = ray_pool.RenderPool.render
 
@@ -80,7 +80,7 @@ def licenses(out):
 
 
 def images(out):
-    """Return id -> shard, and everything but the record."""
+    """Return a mapping from ids to tuples (shard, members except for the record)."""
     return {
         key: (shard.name, {name: content for name, content in members.items() if name != "json"})
         for shard in read_manifest(out).shards
@@ -88,18 +88,19 @@ def images(out):
     }
 
 
-def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path, rendered_ids, capfd):
-    out = tmp_path / "out"
-    before = run(assets, out)
+def test_an_added_mesh_is_rendered_and_a_changed_license_is_only_updated(assets, out, rendered_ids, capfd):
+    before = read_manifest(out)
     old, old_images = read_tars(out), images(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (assets / "0_first_by_name.glb").write_text("fine")
     write_table(assets, c="CC0-1.0")
     after = run(assets, out)
-    assert rendered_ids == [list("abcefd"), ["0_first_by_name"]]
+    assert rendered_ids == [["0_first_by_name"]]
     described = [(shard.name, shard.samples) for shard in before.shards]
     assert [(shard.name, shard.samples) for shard in after.shards] == [*described, ("train-000003.tar", 1)]
-    assert {name for name in old if read_tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
+    assert {name for name in old if read_tars(out)[name] != old[name]} == {"train-000001.tar"}, (
+        "the shard that contains c"
+    )
     assert {key: images(out)[key] for key in old_images} == old_images
     assert licenses(out) == {"c": "CC0-1.0"}
     del times["train-000001.tar"]
@@ -111,16 +112,14 @@ def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path,
     write_table(assets, c="CC-BY-4.0", d="CC-BY-4.0")
     run(assets, out)
     assert licenses(out) == {"c": "CC-BY-4.0", "d": "CC-BY-4.0"}
-    assert len(rendered_ids) == 2, "a license alone renders nothing"
+    assert len(rendered_ids) == 1, "a changed license is updated without rendering"
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
     assert [row["id"] for row in table] == ["0_first_by_name", *"abcdef"]
     assert {row["sha256"] for row in table} == {hashlib.sha256(b"fine").hexdigest()}
 
 
 @pytest.mark.parametrize("was_copied", [False, True])
-def test_a_shard_that_was_damaged_is_not_given_a_new_hash(assets, tmp_path, was_copied):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_the_hash_of_a_damaged_shard_is_not_updated(assets, out, was_copied):
     shard = out / "train-000001.tar"
     content, times = bytearray(shard.read_bytes()), shard.stat()
     content[content.index(b"RIFF") + 30] ^= 1
@@ -131,7 +130,8 @@ def test_a_shard_that_was_damaged_is_not_given_a_new_hash(assets, tmp_path, was_
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
         write_table(assets, c="CC0-1.0")
     with pytest.raises(
-        InputError, match=r"train-000001\.tar: expected the sha256 .*found a different sha256.*: delete it"
+        InputError,
+        match=r"train-000001\.tar: expected the sha256 .*found a different sha256.* Delete the damaged file",
     ):
         run(assets, out)
     assert shard.read_bytes() == content
@@ -141,14 +141,12 @@ def test_a_shard_that_was_damaged_is_not_given_a_new_hash(assets, tmp_path, was_
         assert hash_file(out / made.name) == made.sha256
 
 
-def test_a_mesh_that_is_added_beside_one_of_its_name_changes_no_id(assets, tmp_path, rendered_ids):
-    out = tmp_path / "out"
+def test_ids_do_not_change_if_a_mesh_with_the_same_name_is_added(assets, out, rendered_ids):
     write_table(assets, b="CC0-1.0")
-    run(assets, out)
     (assets / "b.ply").write_text("fine")
     (assets / "b.fbx").write_text("fine")
     run(assets, out)
-    assert rendered_ids[1:] == [["b_fbx", "b_ply"]]
+    assert rendered_ids == [["b_fbx", "b_ply"]]
     assert licenses(out) == {"b": "CC0-1.0"}
 
 
@@ -156,20 +154,17 @@ def raising(*_, **__):
     raise InterruptedError
 
 
-def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
-    assets, tmp_path, rendered_ids
-):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(assets, whole)
-    shutil.copytree(whole, out)
+def test_an_interrupted_addition_resumes_to_the_same_bytes(assets, out, tmp_path, rendered_ids):
+    whole = tmp_path / "whole"
+    shutil.copytree(out, whole)
     for name in ("aa", "bb", "zz"):
         (assets / f"{name}.glb").write_text("fine")
     write_table(assets, a="CC0-1.0", zz="CC0-1.0")
     run(assets, whole)
     for module, name in (
         (resume, "write_list"),
-        (render_module, "write_part"),
-        (render_module, "write_planned_shard"),
+        (shard_folder, "write_part"),
+        (shard_folder, "write_planned_shard"),
         (render_module, "write_filter_table"),
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -179,10 +174,10 @@ def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_no
     run(assets, out)
     assert read_tars(out) == read_tars(whole)
     assert read_manifest(out) == read_manifest(whole)
-    assert not {*"abcdef"} & {key for ids in rendered_ids[1:] for key in ids}
+    assert not {*"abcdef"} & {key for ids in rendered_ids for key in ids}
 
 
-def test_a_kill_while_records_are_updated_loses_no_image(assets, tmp_path, rendered_ids, monkeypatch):
+def test_an_interrupted_update_of_records_loses_no_image(assets, tmp_path, rendered_ids, monkeypatch):
     (assets / "a.glb").write_text("white")  # a is rejected, b kept: two files of one shard
     out = tmp_path / "out"
     run(assets, out)
@@ -208,54 +203,48 @@ def test_a_kill_while_records_are_updated_loses_no_image(assets, tmp_path, rende
     assert licenses(out) == {"b": "CC-BY-4.0"}
 
 
-def test_a_mesh_that_was_changed_after_it_was_rendered_is_refused_and_one_that_was_touched_is_not(
-    assets, tmp_path, rendered_ids
-):
-    out = tmp_path / "out"
-    manifest = run(assets, out)
+def test_a_changed_mesh_raises_an_error_and_a_changed_modification_time_does_not(assets, out, rendered_ids):
+    manifest = read_manifest(out)
     for path in assets.glob("*.glb"):
         os.utime(path, (1, 1))
     assert run(assets, out) == manifest
-    (assets / "a.glb").write_text("fin2")  # of the same size
+    (assets / "a.glb").write_text("fin2")  # the same size
     message = r"a\.glb: expected the rendered mesh with sha256 "
-    with pytest.raises(SettingsError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         run(assets, out)
     tar = out / "train-000000.tar"
-    assert f"delete {tar} and {out / 'manifest.json'}" in str(refusal.value)
+    assert f"delete {tar} and {out / 'manifest.json'} to render it again" in str(refusal.value)
     tar.unlink()
     (out / "manifest.json").unlink()
     run(assets, out)
-    assert rendered_ids == [list("abcefd"), ["a", "b"]]
+    assert rendered_ids == [["a", "b"]]
     assert infos(out)["a"].sha256 == hashlib.sha256(b"fin2").hexdigest()
 
 
-def test_of_a_copied_terabyte_only_the_sizes_are_compared_and_that_is_said(
-    assets, tmp_path, monkeypatch, capfd
-):
-    out = tmp_path / "out"
-    manifest = run(assets, out)
+def test_only_sizes_are_compared_if_many_modification_times_have_changed(assets, out, monkeypatch, capfd):
+    manifest = read_manifest(out)
     monkeypatch.setattr(resume, "MAX_HASHED_BYTES", 10)
     for path in assets.glob("*.glb"):
         os.utime(path, (1, 1))
     assert run(assets, out) == manifest
     assert "note: 6 meshes in" in capfd.readouterr().err
     assert run(assets, out) == manifest
-    assert "note:" not in capfd.readouterr().err, "the times are known now"
+    assert "note:" not in capfd.readouterr().err, "the new times are recorded"
     for path in assets.glob("*.glb"):
         os.utime(path, (2, 2))
-    (assets / "a.glb").write_text("of another size")
-    with pytest.raises(SettingsError, match="expected the rendered mesh"):
+    (assets / "a.glb").write_text("a different size")
+    with pytest.raises(InputError, match="expected the rendered mesh"):
         run(assets, out)
 
 
-def test_a_mesh_that_failed_may_be_mended_or_removed(assets, tmp_path, rendered_ids):
+def test_a_failed_mesh_can_be_corrected_or_removed(assets, tmp_path, rendered_ids):
     out = tmp_path / "out"
     for name in "be":
         (assets / f"{name}.glb").write_text("bad")
     run(assets, out)
     (assets / "b.glb").write_text("fine")
     (assets / "e.glb").unlink()
-    assert run(assets, out).failures == 1, "b is remembered"
+    assert run(assets, out).failures == 1, "the failure of b is recorded"
     assert set(failures(out)) == {"b"}
     (out / "failures.jsonl").unlink()
     manifest = run(assets, out)
@@ -265,36 +254,32 @@ def test_a_mesh_that_failed_may_be_mended_or_removed(assets, tmp_path, rendered_
     assert held["train-000001.tar"] == ["c"]
 
 
-def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_removed_and_changed_list_entries_of_rendered_assets_raise_an_error(assets, out, tmp_path):
     (assets / "a.glb").rename(tmp_path / "a.glb")
-    with pytest.raises(SettingsError, match=r"found no 'a'. Check ASSETS=.* data_tools merge`"):
+    with pytest.raises(InputError, match=r"found no 'a'. Restore the meshes in .* `merge`"):
         run(assets, out)
     (tmp_path / "a.glb").rename(assets / "a.glb")
     header = "id,name,creator,source,license,sha256,up\n"
     listed = find_assets(assets)
     write_list(assets, [dataclasses.replace(a, up="z" if a.id == "b" else "") for a in listed])
-    with pytest.raises(SettingsError, match=r"asset 'b': expected the rendered up axis 'y', but found 'z'"):
+    with pytest.raises(
+        InputError, match=r"b\.glb: expected the rendered mesh with the up axis y, but found z"
+    ):
         run(assets, out)
     (assets / "assets.parquet").unlink()
     (assets / "assets.csv").write_text(header + f"b,,,,,{'0' * 64},\n")
-    with pytest.raises(SettingsError, match=rf"b\.glb: expected the rendered mesh .*, but found {'0' * 64}"):
+    with pytest.raises(InputError, match=rf"b\.glb: expected the rendered mesh .*, but found {'0' * 64}"):
         run(assets, out)
     (assets / "assets.csv").unlink()
     for asset, split in (("d", "val"), ("a", "train")):
         write_list(assets, [dataclasses.replace(a, split=split if a.id == asset else "") for a in listed])
         run(assets, out)
     write_list(assets, [dataclasses.replace(a, split="train" if a.id == "d" else "") for a in listed])
-    with pytest.raises(
-        SettingsError, match=r"asset 'd': expected the planned split 'val', .* repack --shards"
-    ):
+    with pytest.raises(InputError, match=r"asset 'd': expected the planned split 'val', .* repack --shards"):
         run(assets, out)
 
 
-def test_new_meshes_train_unless_their_list_holds_them_out(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_added_meshes_are_assigned_to_the_training_split_by_default(assets, out):
     listed = find_assets(assets)
     new = [
         dataclasses.replace(listed[0], id=key, split=split) for key, split in {"g": "", "h": "val"}.items()
@@ -306,7 +291,7 @@ def test_new_meshes_train_unless_their_list_holds_them_out(assets, tmp_path):
     assert [held[name] for name in names] == [["g"], ["d"], ["h"]]
 
 
-def test_a_number_of_held_out_objects_that_nobody_asked_for_stays_as_it_was(assets, tmp_path, capsys):
+def test_the_default_number_of_held_out_objects_does_not_change_on_resume(assets, tmp_path, capsys):
     for name in "ghijk":
         (assets / f"{name}.glb").write_text("fine")
     options = ["--views", "2", "--res", "8", "--samples", "1", "--shard-size", "2"]
@@ -317,31 +302,25 @@ def test_a_number_of_held_out_objects_that_nobody_asked_for_stays_as_it_was(asse
     assert "objects        12 (11 train, 1 held out)" in capsys.readouterr().out
 
 
-def test_shards_of_unknown_settings_are_not_continued(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_shards_without_recorded_settings_raise_an_error(assets, out):
     (out / "render.json").unlink()
-    with pytest.raises(SettingsError, match=r"found manifest.json with unknown settings"):
+    with pytest.raises(InputError, match=r"found manifest.json with unknown settings"):
         run(assets, out)
 
 
-def test_another_renderer_does_not_continue_a_folder(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_a_different_renderer_raises_an_error(assets, out):
     record = json.loads((out / "render.json").read_text())
     record["renderer"] = "blender 5.0.1 cycles cuda"
     (out / "render.json").write_text(json.dumps(record))
     for path in (out / "manifest.json", out / "train-000000.tar"):
         path.unlink()
     with pytest.raises(
-        SettingsError, match=r"renderer: expected 'stand-in', but found 'blender 5.0.1 cycles cuda'"
+        InputError, match=r"renderer: expected 'stand-in', but found 'blender 5.0.1 cycles cuda'"
     ):
         run(assets, out)
 
 
-def test_a_lost_shard_is_made_again_and_half_written_files_are_never_taken_for_whole(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_a_missing_shard_is_rendered_again_and_partial_files_are_ignored(assets, out):
     expected = read_tars(out)
     (out / "manifest.json").unlink()
     (out / "train-000001.tar").rename(out / "train-000001.tar.partial")
@@ -352,9 +331,7 @@ def test_a_lost_shard_is_made_again_and_half_written_files_are_never_taken_for_w
     assert not list(out.rglob("*.partial"))
 
 
-def test_a_damaged_shard_is_named_with_the_remedy(assets, tmp_path):
-    out = tmp_path / "out"
-    run(assets, out)
+def test_a_truncated_shard_raises_an_error_with_a_remedy(assets, out):
     tar = out / "train-000000.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
@@ -368,10 +345,7 @@ def test_a_damaged_shard_is_named_with_the_remedy(assets, tmp_path):
     assert tar.read_bytes() == whole
 
 
-def test_a_finished_folder_gets_its_table_and_contact_sheet_again(assets, tmp_path, rendered_ids):
-    out = tmp_path / "out"
-    run(assets, out)
-    rendered_ids.clear()
+def test_a_missing_filter_table_or_contact_sheet_is_written_again(assets, out, rendered_ids):
     names = ("filter.parquet", "contact_sheet.png", "manifest.json")
     before = {name: (out / name).read_bytes() for name in names}
     for name in names[:2]:
@@ -381,11 +355,11 @@ def test_a_finished_folder_gets_its_table_and_contact_sheet_again(assets, tmp_pa
     assert rendered_ids == []
 
 
-def test_where_the_rules_reject_everything_other_rules_still_need_no_rendering(assets, tmp_path):
+def test_repack_applies_other_rules_if_all_objects_were_rejected(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("white")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"0 failed and 6 rejected objects.* repack --shard"):
+        with pytest.raises(InputError, match=r"0 failed and 6 rejected objects.* use `repack --where`"):
             run(assets, tmp_path / "out")
     repack([tmp_path / "out"], tmp_path / "all", rules=["white <= 1"])
     assert sum(shard.samples for shard in read_manifest(tmp_path / "all").shards) == 6

@@ -1,4 +1,4 @@
-"""Half a million assets: how long until the first is rendered, what the plan takes, and what it takes to add one."""
+"""Time and memory to plan a run with 500,000 assets, and to add an asset."""
 
 import json
 import subprocess
@@ -45,14 +45,14 @@ else:
     start = time.monotonic()
     assets = find_assets(folder)
     try:
-        driver.render(assets, out, settings, driver.PoolOptions(folder, settings, 1))
+        driver.render(assets, out, driver.PoolOptions(folder, settings, 1))
     except Reached:
         found.append(time.monotonic() - start)
 print(json.dumps({"starts": found, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
 """
 
 
-def test_half_a_million_assets_are_planned_and_added_to_within_a_minute_and_a_gigabyte(tmp_path, root):
+def test_planning_of_500000_assets_takes_less_than_one_minute_and_one_gigabyte(tmp_path, root):
     def run(what):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path), "500000", what],
