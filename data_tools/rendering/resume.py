@@ -225,11 +225,12 @@ def _check_splits(out: Path, rows: Sequence[PlanRow], assets: Mapping[str, Asset
     for row in rows:
         split, found = _split_of(row.shard), assets[row.id].split
         if found not in ("", split):
+            repack = f"repack --shards {out} --out ... --held-out N"
             raise InputError(
                 subject=f"{out}: asset {row.id!r}",
                 expected=f"the planned split {split!r}",
                 found=f"{found!r}",
-                remedy=f"change the list, or finish the folder and use `repack --shards {out} --held-out N`",
+                remedy=f"change the list, or finish the folder and run `python -m data_tools {repack}`",
             )
 
 

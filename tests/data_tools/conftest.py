@@ -10,7 +10,7 @@ from data_tools.blender import process as blender_process
 from data_tools.rendering import ray_pool
 from lrm_pl.data.synthetic import synthetic_sample
 from tests.builders import STAND_IN_WORKER
-from tests.data_tools.driver_runs import run
+from tests.data_tools.driver_runs import patch_pool, run
 from tests.data_tools.layout_folders import WRITERS
 from tests.data_tools.mvimgnet_videos import FRAMES, SIDE, write_video
 
@@ -59,13 +59,13 @@ def assets(tmp_path):
     return write_meshes(tmp_path / "assets")
 
 
-@pytest.fixture(scope="module")
-def reference(one_ray_for_all, tmp_path_factory):
-    """Folder with the assets a to f and their shards in ``out``, rendered once with two processes. It is read-only."""
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """Read-only folder with the assets a to f, and their shards in ``out``."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blender_process, "COMMAND", STAND_IN_COMMAND)
-        run(write_meshes(folder / "assets"), folder / "out", jobs=2)
+        patch_pool(patch)
+        run(write_meshes(folder / "assets"), folder / "out")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Answers like data_tools.blender.worker, without Blender: what a "mesh" says decides what becomes of it."""
+"""Stand-in for ``data_tools.blender.worker``. The text in a mesh file determines the result."""
 
 import dataclasses
 import hashlib
@@ -46,6 +46,21 @@ def answer(record, members):
     sys.stdout.buffer.flush()
 
 
+def sample_members(asset, text, views, served=0):
+    """Return the members of the sample of an asset, where ``text`` is the content of the mesh."""
+    seed = derive_seed(0, asset["id"])
+    cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))
+    image = encode_image(np.full((8, 8, 4), seed % 256, dtype=np.uint8))
+    listed = {name: asset[name] for name in ("id", "name", "license", "creator", "source")}
+    same = text in ("dies once", "waits", "bad once")  # the bytes are compared with those of "fine"
+    sha256 = hashlib.sha256(b"fine" if same else text.encode()).hexdigest()
+    recorded_seed = served if text == "counts" else seed
+    info = SampleInfo(**listed, seed=recorded_seed, renderer="stand-in", views=views, sha256=sha256)
+    measures = dataclasses.replace(MEASURES, white=1.0 if text == "white" else 0.0)
+    extras = {"measures.json": encode_measures(measures)}
+    return encode_sample(Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views, extras))
+
+
 def serve():
     setup = json.loads(sys.stdin.readline())
     views = setup["settings"]["views"]
@@ -87,18 +102,7 @@ def serve():
         elif asset["id"] == "e" and (folder / "full").exists():
             answer(outcome | {"status": "no space", "reason": "No space left on device"}, {})
         else:
-            seed = derive_seed(0, asset["id"])
-            cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))
-            image = encode_image(np.full((8, 8, 4), seed % 256, dtype=np.uint8))
-            listed = {name: asset[name] for name in ("id", "name", "license", "creator", "source")}
-            same = text in ("dies once", "waits", "bad once")  # as "fine": runs of both are compared
-            sha256 = hashlib.sha256(b"fine" if same else text.encode()).hexdigest()
-            seed_or_turn = served if text == "counts" else seed
-            info = SampleInfo(**listed, seed=seed_or_turn, renderer="stand-in", views=views, sha256=sha256)
-            white = 1.0 if text == "white" else 0.0
-            extras = {"measures.json": encode_measures(dataclasses.replace(MEASURES, white=white))}
-            sample = Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views, extras)
-            answer(outcome, encode_sample(sample))
+            answer(outcome, sample_members(asset, text, views, served))
     shutil.rmtree(Path(setup["scratch"]).parent)
 
 

@@ -52,7 +52,7 @@ def launch(python, *options):
 
 
 def test_a_job_renders_and_completes_with_status_0(here, render_python):
-    assert "found the partitions" in launch(render_python, "--partition=no-such").stderr
+    assert "found only the partitions" in launch(render_python, "--partition=no-such").stderr
     done = launch(render_python, "--nodes=1", "--gpus=0", "--time=5")
     job = re.search(r"^Submitted job (\d+)\.", done.stdout, re.MULTILINE)
     assert job, done.stdout + done.stderr

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("stand_in", "one_ray_for_all")
 
 def test_a_run_writes_all_shards_and_a_second_run_renders_nothing(assets, tmp_path, reference, capfd):
     out = tmp_path / "out"
-    manifest = run(assets, out)
+    manifest = run(assets, out, jobs=2)
     assert read_tars(out) == read_tars(reference / "out"), "the number of processes does not affect the bytes"
     # d has the smallest sha256 of a to f
     assert [(s.name, s.samples) for s in manifest.shards] == [

@@ -16,16 +16,19 @@ from data_tools.assets.scan import find_assets
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.validate import find_file_problems
 from data_tools.rendering import driver as render_module
-from data_tools.rendering import ray_pool, resume, shard_folder
+from data_tools.rendering import resume, shard_folder
 from data_tools.rendering.settings import write_settings
 from data_tools.shards.repack import repack
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
 from lrm_pl.errors import InputError
 from lrm_pl.paths import hash_file
 from tests.builders import RENDER_SETTINGS, read_tars
-from tests.data_tools.driver_runs import failures, run
+from tests.data_tools.driver_runs import InProcessPool, failures, patch_pool, run
 
-pytestmark = pytest.mark.usefixtures("stand_in", "one_ray_for_all")
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    patch_pool(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,13 @@ def test_changed_settings_raise_an_error_that_suggests_repack(assets, tmp_path, 
 def rendered_ids(monkeypatch):
     """List of the ids that each call of ``RenderPool.render`` receives."""
     given = []
-    original = ray_pool.RenderPool.render
+    original = InProcessPool.render
 
     def render(pool, assets):
         given.append([asset.id for asset in assets])
         return original(pool, assets)
 
-    monkeypatch.setattr(ray_pool.RenderPool, "render", render)
+    monkeypatch.setattr(InProcessPool, "render", render)
     return given
 
 
@@ -209,7 +212,7 @@ def test_a_changed_mesh_raises_an_error_and_a_changed_modification_time_does_not
         os.utime(path, (1, 1))
     assert run(assets, out) == manifest
     (assets / "a.glb").write_text("fin2")  # the same size
-    message = r"a\.glb: expected the rendered mesh with sha256 "
+    message = r"a\.glb: expected the rendered mesh with the sha256 "
     with pytest.raises(InputError, match=message) as refusal:
         run(assets, out)
     tar = out / "train-000000.tar"

@@ -29,11 +29,12 @@ from tests.data_tools.stand_in_worker import MEASURES
 
 def replaced(folder, change):
     """Replace the shards by one shard with three samples, the first of which is changed."""
+    manifest = read_manifest(folder)
     samples = [synthetic_sample(f"train-ellipsoid-{n:03d}", 8, 32, seed=n) for n in range(3)]
     content = [(sample.info.id, encode_sample(sample)) for sample in samples]
     change(content[0][1], samples[0])
     shard = write_shard(folder, "train-000000.tar", "train", content)
-    write_manifest(folder, dataclasses.replace(read_manifest(folder), shards=(shard,)))
+    write_manifest(folder, dataclasses.replace(manifest, shards=(shard,)))
 
 
 @pytest.fixture
