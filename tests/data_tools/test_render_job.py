@@ -133,7 +133,7 @@ def test_the_job_script_does_not_expand_arguments(checkout):
 
 @pytest.mark.parametrize("out", ["data/a b", "data/%j", "--uid=0", "data\n#SBATCH --uid=0"])
 def test_a_folder_name_that_slurm_does_not_accept_raises_an_error(checkout, out):
-    with pytest.raises(InputError, match="expected a value like .* for OUT"):
+    with pytest.raises(InputError, match=r"expected a value like .* for OUT"):
         command_of(*ARGUMENTS, out=out)
 
 
