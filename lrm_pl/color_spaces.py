@@ -3,20 +3,21 @@
 Supported declarations are ICC profiles, the cICP, sRGB, gAMA and cHRM chunks of PNG, nclx of AVIF, the V4 and V5
 headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the mode of the image is
 ignored, as in browsers. If there is no declaration, colors are assumed to be sRGB, and CMYK is assumed to be the
-complement of sRGB. A 16-bit PNG with a declared transfer function is converted before colors are rounded to 8 bits. ICC
-profiles are applied to 8-bit colors.
+complement of sRGB. If an AVIF contains several nclx declarations, the first one is used. A 16-bit PNG with a declared
+transfer function is converted before colors are rounded to 8 bits. ICC profiles are applied to 8-bit colors.
 """
 
 import dataclasses
 import io
 import math
+import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from lrm_pl.errors import InputError
 
@@ -52,21 +53,9 @@ _ROUNDING: Final = 1
 #: Number of rows that are converted at a time, which bounds the memory.
 _ROWS: Final = 256
 
-#: EXIF tags in the main directory and the sub-directories.
-_TRANSFER_FUNCTION, _WHITE, _RGB_PRIMARIES = 0x012D, 0x013E, 0x013F
-_EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
-_COLOR_SPACE, _GAMMA, _INTEROP_INDEX = 0xA001, 0xA500, 1
-
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    struct.error,
-)
+#: Regular expressions of a cICP chunk of PNG and of the H.273 codes in an AVIF.
+_CICP: Final = re.compile(rb"\0\0\0\x04cICP(.{4})", re.DOTALL)
+_NCLX: Final = re.compile(rb"colrnclx(.{4})", re.DOTALL)
 
 Converter = Callable[[Image.Image], Image.Image]
 
@@ -119,13 +108,13 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
         ColorSpaceError: The color space cannot be converted, for example, because it is HDR.
     """
     space = _png_codes(content)  # takes precedence over a profile (PNG specification)
-    profile = image.info.get("icc_profile") or _bmp_profile(content)
+    profile = _profile(image, content)
     if space is None and profile:
         converted = _by_profile(image, rgb, profile)
         if converted is not None:
             return converted
     space = space or _declared_space(image, content)
-    return rgb if space is None or space == SRGB else _by_space(rgb, space, _sixteen_bits(image, content))
+    return rgb if space in (None, SRGB) else _by_space(rgb, space, _sixteen_bits(image, content))
 
 
 def is_srgb(image: Image.Image, content: bytes) -> bool:
@@ -135,16 +124,12 @@ def is_srgb(image: Image.Image, content: bytes) -> bool:
         ColorSpaceError: The color space cannot be converted.
     """
     space = _png_codes(content) or _declared_space(image, content)
-    return "icc_profile" not in image.info and (space is None or space == SRGB)
+    return _profile(image, content) is None and space in (None, SRGB)
 
 
 def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
     """Return the color space of the first declaration other than a profile."""
-    for declared in (_avif_codes, _png_gamma, _bmp_space, _exif_space):
-        space = declared(image, content)
-        if space is not None:
-            return space
-    return None
+    return _avif_codes(content) or _png_gamma(image) or _exif_space(image)
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
@@ -231,41 +216,32 @@ def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.I
         return None
 
 
+def _unsupported(expected: str, found: str) -> ColorSpaceError:
+    return ColorSpaceError(expected, found, remedy="export it as sRGB")
+
+
 def _coded(primaries: int, transfer: int) -> ColorSpace | None:
     """Return the color space with the given codes of H.273, or None if both codes are unspecified."""
     if primaries == transfer == 2:
         return None
     if primaries in _PRIMARIES and transfer in _TRANSFERS:
         return ColorSpace(_PRIMARIES[primaries], _TRANSFERS[transfer])
-    found = (
-        _HDR.get(transfer) or f"color primaries {primaries} and transfer characteristics {transfer} of H.273"
-    )
-    raise ColorSpaceError(
-        expected="colors that can be converted to sRGB", found=found, remedy="export it as sRGB"
-    )
+    codes = f"color primaries {primaries} and transfer characteristics {transfer} of H.273"
+    raise _unsupported("colors that can be converted to sRGB", _HDR.get(transfer, codes))
 
 
 def _png_codes(content: bytes) -> ColorSpace | None:
     """Read the cICP chunk of a PNG."""
-    at = 8 if content.startswith(_PNG) else len(content)
-    while at + 12 <= len(content):
-        length, chunk_type = struct.unpack_from(">I4s", content, at)
-        if chunk_type == b"IDAT":
-            break
-        if chunk_type == b"cICP" and length == 4:
-            primaries, transfer, matrix, full_range = content[at + 8 : at + 12]
-            if matrix or full_range != 1:
-                raise ColorSpaceError(
-                    expected="full-range RGB in a PNG",
-                    found="a cICP chunk of YCbCr or narrow range",
-                    remedy="export it as sRGB",
-                )
-            return _coded(primaries, transfer)
-        at += 12 + length
-    return None
+    found = _CICP.search(content, 0, content.find(b"IDAT")) if content.startswith(_PNG) else None
+    if found is None:
+        return None
+    primaries, transfer, matrix, full_range = found[1]
+    if matrix or full_range != 1:
+        raise _unsupported("full-range RGB in a PNG", "a cICP chunk of YCbCr or narrow range")
+    return _coded(primaries, transfer)
 
 
-def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
+def _png_gamma(image: Image.Image) -> ColorSpace | None:
     """Read the sRGB, gAMA and cHRM chunks of a PNG."""
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if "srgb" in image.info:
@@ -279,112 +255,46 @@ def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
     return ColorSpace(_BT709 if points is None else (*points[2:], *points[:2]), exponent)
 
 
-def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
-    """Read the nclx box of the primary item of an AVIF."""
-    if content[4:8] != b"ftyp":
-        return None
-    try:
-        for box_type, start, _end in _primary_properties(content):
-            if box_type == b"colr" and content[start : start + 4] == b"nclx":
-                codes = struct.unpack_from(">HH", content, start + 4)
-                break
-        else:
-            return None
-    except (struct.error, LookupError):
-        return None
-    return _coded(*codes)
+def _avif_codes(content: bytes) -> ColorSpace | None:
+    """Read the first nclx declaration of an AVIF, which encoders write for the color image."""
+    found = _NCLX.search(content) if content[4:8] == b"ftyp" else None
+    return None if found is None else _coded(*struct.unpack(">HH", found[1]))
 
 
-def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
-    """Return the type, start and end of each property of the primary item of a HEIF file (ISO 23008-12)."""
-    meta = _box(content, b"meta", 0, len(content))
-    if meta is None:
-        raise ColorSpaceError(
-            expected="a still image in the AVIF", found="an image sequence", remedy="export its first frame"
-        )
-    first = meta[0] + 4  # after version and flags
-    boxes = {box_type: (start, end) for box_type, start, end in _boxes(content, first, meta[1])}
-    start = boxes[b"pitm"][0]
-    primary = struct.unpack_from(">I" if content[start] else ">H", content, start + 4)[0]
-    inside = {box_type: (start, end) for box_type, start, end in _boxes(content, *boxes[b"iprp"])}
-    known = list(_boxes(content, *inside[b"ipco"]))
-    at, _ = inside[b"ipma"]
-    version, wide = content[at], content[at + 3] & 1
-    count = struct.unpack_from(">I", content, at + 4)[0]
-    at += 8
-    for _ in range(count):
-        item = struct.unpack_from(">I" if version else ">H", content, at)[0]
-        at += 4 if version else 2
-        links = struct.unpack_from(f">{content[at]}{'H' if wide else 'B'}", content, at + 1)
-        at += 1 + len(links) * (2 if wide else 1)
-        if item == primary:
-            numbers = [link & (0x7FFF if wide else 0x7F) for link in links]
-            return [known[number - 1] for number in numbers if number]
-    return []
-
-
-def _box(content: bytes, box_type: bytes, start: int, end: int) -> tuple[int, int] | None:
-    return next(((low, high) for kind, low, high in _boxes(content, start, end) if kind == box_type), None)
-
-
-def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the type of each box of an ISO base media file, and the start and end of its content."""
-    while start + 8 <= end:
-        size, box_type = struct.unpack_from(">I4s", content, start)
-        head = 8
-        if size == 1:
-            size, head = struct.unpack_from(">Q", content, start + 8)[0], 16
-        size = size or end - start
-        if size < head:
-            return
-        yield box_type, start + head, min(start + size, end)
-        start += size
-
-
-def _bmp_type(content: bytes) -> bytes:
-    """Return the four-letter color space type in the V4 or V5 header of a BMP, or b"" if there is none."""
-    if not content.startswith(b"BM") or len(content) < 122 or int.from_bytes(content[14:18], "little") < 108:
-        return b""
-    return content[70:74][::-1]
-
-
-def _bmp_profile(content: bytes) -> bytes | None:
-    if _bmp_type(content) != b"MBED" or len(content) < 134:
-        return None
-    start, size = struct.unpack_from("<II", content, 126)
-    return content[14 + start : 14 + start + size]
-
-
-def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
-    space_type = _bmp_type(content)
-    if space_type == b"LINK" or (space_type == bytes(4) and any(content[74:122])):
+def _profile(image: Image.Image, content: bytes) -> bytes | None:
+    """Return the ICC profile of an image, which Pillow does not read from the V4 and V5 headers of BMP."""
+    if not content.startswith(b"BM") or len(content) < 138 or int.from_bytes(content[14:18], "little") < 108:
+        return image.info.get("icc_profile")
+    space_type, endpoints = content[70:74][::-1], content[74:122]
+    if space_type == b"LINK" or (space_type == bytes(4) and any(endpoints)):
         found = "a profile in another file" if space_type == b"LINK" else "custom endpoints"
-        raise ColorSpaceError(expected="an sRGB BMP", found=found, remedy="export it as sRGB")
-    return None
+        raise _unsupported("an sRGB BMP", found)
+    start, size = struct.unpack_from("<II", content, 126)
+    return content[14 + start : 14 + start + size] if space_type == b"MBED" else None
 
 
-def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
+def _exif_space(image: Image.Image) -> ColorSpace | None:
     """Read EXIF tags and the TIFF tags used by EXIF."""
     try:
         exif = image.getexif()
-        details = exif.get_ifd(_EXIF_IFD)
-        interop = exif.get_ifd(_INTEROP_IFD) if _INTEROP_IFD in details else {}
-        number, index = details.get(_COLOR_SPACE), str(interop.get(_INTEROP_INDEX, ""))
-        own_curve = exif.get(_TRANSFER_FUNCTION) is not None
-        points = _numbers(exif.get(_RGB_PRIMARIES), 6) + _numbers(exif.get(_WHITE), 2)
-        gamma = _numbers(details.get(_GAMMA), 1)
-    except _DAMAGED:
+        details = exif.get_ifd(ExifTags.IFD.Exif)
+        interop = exif.get_ifd(ExifTags.IFD.Interop) if ExifTags.IFD.Interop in details else {}
+        number, index = (
+            details.get(ExifTags.Base.ColorSpace),
+            str(interop.get(ExifTags.Interop.InteropIndex, "")),
+        )
+        own_curve = exif.get(ExifTags.Base.TransferFunction) is not None
+        points = _numbers(exif.get(ExifTags.Base.PrimaryChromaticities), 6)
+        points += _numbers(exif.get(ExifTags.Base.WhitePoint), 2)
+        gamma = _numbers(details.get(ExifTags.Base.Gamma), 1)
+    except Exception:  # Pillow raises exceptions of many types for damaged EXIF data
         return None
     if number == 1:
         return SRGB
     if number == 2 or index.startswith("R03"):  # Adobe RGB in DCF 2.0
         return ADOBE_RGB
     if own_curve:
-        raise ColorSpaceError(
-            expected="colors that can be converted to sRGB",
-            found="a TIFF with a custom transfer function",
-            remedy="export it as sRGB",
-        )
+        raise _unsupported("colors that can be converted to sRGB", "a TIFF with a custom transfer function")
     if len(points) == 8 or gamma:
         return ColorSpace(points if len(points) == 8 else _BT709, gamma[0] if gamma else None)
     return None

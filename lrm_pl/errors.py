@@ -1,8 +1,9 @@
-"""Base class of errors that users can fix, and a decorator that prints them."""
+"""Base class of errors that users can fix, and functions that complete and print them."""
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -30,6 +31,17 @@ class InputError(ValueError):
         """Return the message without the traceback that a DataLoader prepends to the error of a worker."""
         message = super().__str__()
         return message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
+
+
+@contextmanager
+def error_subject(subject: object) -> Iterator[None]:
+    """Return a context that adds a subject to an ``InputError`` without subject, for example, the path of a file."""
+    try:
+        yield
+    except InputError as error:
+        if error.subject != "":
+            raise
+        raise type(error)(error.expected, error.found, error.remedy, subject) from error
 
 
 def counted(number: int, noun: str) -> str:

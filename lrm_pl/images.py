@@ -1,5 +1,6 @@
 """Functions to open untrusted image files and to frame objects as in training images, with numpy and PIL only."""
 
+import contextlib
 import io
 import struct
 import warnings
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, error_subject
 
 #: Supported file formats. PIL supports more formats, some of which run external programs.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
@@ -35,20 +37,7 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-#: EXIF orientation tag, and the transposition for each orientation that makes an image upright.
-_ORIENTATION: Final = 0x0112
-_TRANSPOSITIONS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-#: TIFF tags and values.
-_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 259, 262, 339
+#: Values of TIFF tags.
 _WHITE_IS_ZERO, _YCBCR = 0, 6
 _JPEG_IN_TIFF: Final = (6, 7)
 
@@ -107,57 +96,50 @@ def open_image(
     Raises:
         ImageError: The file is missing, damaged, too large, or has an unsupported format or color space.
     """
-    name = name or str(source if isinstance(source, Path) else "the image")
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ImageError(expected=f"an image at {source}", found="no file", remedy="correct the path")
-        size = source.stat().st_size
+    with error_subject(name or (source if isinstance(source, Path) else "the image")):
+        content = source if isinstance(source, bytes) else _read_file(source, max_bytes)
+        if len(content) > max_bytes:
+            raise ImageTooLargeError(f"at most {max_bytes} bytes", "more", remedy="make it smaller")
         try:
-            content = source.read_bytes() if size <= max_bytes else b""
-        except OSError as error:
-            raise ImageError(expected=f"a readable image at {source}", found=error) from error
-    else:
-        content, size = source, len(source)
-    if size > max_bytes:
-        raise ImageTooLargeError(
-            subject=name, expected=f"at most {max_bytes} bytes", found=size, remedy="make it smaller"
-        )
-    _require_pixels(name, webp_size(content), max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked by _require_pixels
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                _require_pixels(name, image.size, max_pixels)
-                _prepare(image, content)
-                image.load()
-                return to_rgb8(image, content, upright=upright)
-    except ImageTooLargeError:
-        raise
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(
-            subject=name,
-            expected=f"at most {max_pixels / 1e6:.0f} megapixels",
-            found=f"more: {error}",
-            remedy="make it smaller",
-        ) from error
-    except UnidentifiedImageError as error:
-        if content[:4] in (b"II*\0", b"MM\0*"):
+            return _decode(content, max_pixels, upright=upright)
+        except UnidentifiedImageError as error:
+            is_tiff = content[:4] in (b"II*\0", b"MM\0*")
             raise NotAnImageError(
-                subject=name,
-                expected="a TIFF format that Pillow supports",
-                found="an unsupported one, such as floats",
-                remedy="save it with 8 bits per channel",
+                expected=f"an image ({', '.join(FORMATS)})",
+                found=f"{'a TIFF' if is_tiff else f'{len(content)} bytes'} of an unknown format",
+                remedy="convert it to PNG with 8 bits per channel",
             ) from error
-        raise NotAnImageError(
-            subject=name,
-            expected=f"an image ({', '.join(FORMATS)})",
-            found=f"{size} bytes of an unknown format",
-            remedy="convert it",
-        ) from error
-    except DECODE_ERRORS as error:
-        raise ImageError(subject=name, expected="an intact image", found=f"a damaged one: {error}") from error
+        except InputError:
+            raise
+        except DECODE_ERRORS as error:
+            raise ImageError(expected="an intact image", found=f"a damaged one: {error}") from error
+
+
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a file, but at most ``max_bytes`` + 1 bytes."""
+    try:
+        if not path.is_file():
+            raise ImageError(expected="an image file", found="no file", remedy="correct the path")
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise ImageError(expected="a readable image file", found=error) from error
+
+
+def _decode(content: bytes, max_pixels: int, *, upright: bool) -> Image.Image:
+    """Decode an image of at most ``max_pixels`` pixels."""
+    _require_pixels(webp_size(content), max_pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked by _require_pixels
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise _too_many_pixels(max_pixels, f"more: {error}") from error
+    with image:
+        _require_pixels(image.size, max_pixels)
+        _prepare(image, content)
+        image.load()
+        return to_rgb8(image, content, upright=upright)
 
 
 def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -> Image.Image:
@@ -178,9 +160,12 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
         raise ImageError(str(error)) from error
     if plain.mode == "RGBA":
         colors.putalpha(plain.getchannel("A"))
-    oriented = _upright(colors, image) if upright else colors
-    oriented.info.clear()
-    return oriented
+    if upright:
+        colors.info = image.info.copy()
+        with contextlib.suppress(*DECODE_ERRORS, AttributeError):  # damaged EXIF data is ignored
+            ImageOps.exif_transpose(colors, in_place=True)
+    colors.info.clear()
+    return colors
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
@@ -256,38 +241,36 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
     Raises:
         ImageError: The image is fully transparent, or the object is too small.
     """
-    rgba = np.asarray(image, dtype=np.float32) / 255
-    box = object_box(rgba[..., 3])
+    box = object_box(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
     if box is None:
-        raise ImageError(
-            expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
-        )
-    top, left, bottom, right = box
-    if max(bottom - top, right - left) < _MIN_SIDE:
+        raise ImageError("an object in the image", "alpha 0 everywhere", "check its alpha channel")
+    left, top, right, bottom = box
+    longest = max(right - left, bottom - top)
+    if longest < _MIN_SIDE:
         raise ImageError(
             expected=f"an object of at least {_MIN_SIDE} pixels",
             found=f"{right - left} x {bottom - top}",
             remedy="use a larger image",
         )
-    scale = foreground * side / max(bottom - top, right - left)
-    middle = (top + bottom) / 2, (left + right) / 2
+    scale = foreground * side / longest
     # The margin keeps soft alpha. A square crop around a long thin object could exceed the memory.
-    margin = 2 + max(bottom - top, right - left) // 50
-    top, left = max(0, top - margin), max(0, left - margin)
-    rgba = rgba[top : bottom + margin, left : right + margin]
-    offset = round(side / 2 + (top - middle[0]) * scale), round(side / 2 + (left - middle[1]) * scale)
-    # Premultiplied colors are resized so that colors of transparent pixels do not bleed into the object.
-    premultiplied = (*np.moveaxis(rgba[..., :3] * rgba[..., 3:], -1, 0), rgba[..., 3])
-    channels = [_resize_and_place(channel, scale, offset, side) for channel in premultiplied]
-    red, green, blue, alpha = (channel.clip(0, 1) for channel in channels)
-    straight = np.stack([red, green, blue], axis=-1) / np.maximum(alpha, 1e-6)[..., None]
-    square = np.concatenate([straight.clip(0, 1), alpha[..., None]], axis=-1)
-    square[alpha < 0.5 / 255] = 0
-    return Image.fromarray(np.rint(square * 255).astype(np.uint8), mode="RGBA")
+    margin = 2 + longest // 50
+    crop_left, crop_top = max(0, left - margin), max(0, top - margin)
+    crop = image.crop(
+        (crop_left, crop_top, min(right + margin, image.width), min(bottom + margin, image.height))
+    )
+    size = max(1, round(crop.width * scale)), max(1, round(crop.height * scale))
+    # Pillow resizes premultiplied colors, so that colors of transparent pixels do not bleed into the object.
+    resized = crop.resize(size, Image.Resampling.BILINEAR)
+    offset_x = round(side / 2 + (crop_left - (left + right) / 2) * scale)
+    offset_y = round(side / 2 + (crop_top - (top + bottom) / 2) * scale)
+    square = Image.new("RGBA", (side, side))
+    square.paste(resized, (offset_x, offset_y))
+    return square
 
 
 def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return top, left, bottom and right of the pixels that are more than half opaque.
+    """Return left, top, right and bottom of the pixels that are more than half opaque.
 
     If no pixel is more than half opaque, all pixels with alpha above 0 are used. If the image is fully transparent,
     None is returned.
@@ -295,43 +278,17 @@ def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
     Args:
         alpha: Alpha channel of shape (H, W) in [0, 1].
     """
-    for threshold in (_SOLID / 255, 0.0):
-        mask = alpha > threshold
-        if mask.any():
-            rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
-            return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
-    return None
+    solid, visible = (Image.fromarray(alpha > threshold) for threshold in (_SOLID / 255, 0))
+    return solid.getbbox() or visible.getbbox()
 
 
-def _resize_and_place(channel: np.ndarray, scale: float, offset: tuple[int, int], side: int) -> np.ndarray:
-    """Resize a channel, and copy it into an empty square at an offset. The part outside the square is cropped."""
-    height, width = (max(1, round(length * scale)) for length in channel.shape)
-    resized = np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
-    square = np.zeros((side, side), dtype=np.float32)
-    top, left = max(0, offset[0]), max(0, offset[1])
-    part = resized[top - offset[0] :, left - offset[1] :][: side - top, : side - left]
-    square[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return square
-
-
-def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of ``opened`` to an image. Damaged EXIF data is ignored."""
-    try:
-        orientation = opened.getexif().get(_ORIENTATION)
-    except (*DECODE_ERRORS, AttributeError):
-        return image
-    transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if transposition is None else image.transpose(transposition)
-
-
-def _require_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
+def _require_pixels(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise ImageTooLargeError(
-            subject=name,
-            expected=f"at most {max_pixels / 1e6:.0f} megapixels",
-            found=f"{size[0]} x {size[1]}",
-            remedy="make it smaller",
-        )
+        raise _too_many_pixels(max_pixels, f"{size[0]} x {size[1]}")
+
+
+def _too_many_pixels(max_pixels: int, found: str) -> ImageTooLargeError:
+    return ImageTooLargeError(f"at most {max_pixels / 1e6:.0f} megapixels", found, remedy="make it smaller")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -341,24 +298,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         ImageError: The white level is unknown because the image has floats, 32-bit integers or signed integers.
     """
     tags = getattr(image, "tag_v2", {})  # tags of TIFF
-    if image.mode in ("F", "I") or 2 in tags.get(_SAMPLE_FORMAT, ()):
+    if image.mode in ("F", "I") or 2 in tags.get(Base.SampleFormat, ()):
         samples = "floats" if image.mode == "F" else "signed or 32-bit integers"
-        raise ImageError(
-            expected="8 or 16 bits per channel",
-            found=f"{samples}, whose white level is unknown",
-            remedy="export it with 8 bits per channel",
-        )
+        found = f"{samples}, whose white level is unknown"
+        raise ImageError("8 or 16 bits per channel", found, "export it with 8 bits per channel")
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
-        white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+        white = 4095 if tags.get(Base.BitsPerSample) == (12,) else 65535
         gray = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts only 8-bit images
+        if tags.get(Base.PhotometricInterpretation) == _WHITE_IS_ZERO:  # PIL inverts only 8-bit images
             gray = 255 - gray
         colors = Image.fromarray(gray).convert("RGB")
         if "transparency" in image.info:
-            colors.putalpha(
-                Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
-            )
+            colors.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
         return colors
     if image.mode == "La":
         image = image.convert("LA")
@@ -372,10 +324,8 @@ def _prepare(image: Image.Image, content: bytes) -> None:
         ImageError: PIL would decode the image incorrectly.
     """
     tags = getattr(image, "tag_v2", {})
-    if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION) not in _JPEG_IN_TIFF:
-        raise ImageError(
-            expected="RGB in a TIFF without JPEG compression", found="YCbCr", remedy="export it as RGB"
-        )
+    if tags.get(Base.PhotometricInterpretation) == _YCBCR and tags.get(Base.Compression) not in _JPEG_IN_TIFF:
+        raise ImageError("RGB in a TIFF without JPEG compression", "YCbCr", "export it as RGB")
     if image.format != "PNG" or "transparency" not in image.info:
         return
     bits = content[24]

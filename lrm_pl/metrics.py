@@ -91,19 +91,15 @@ class ImageMetrics(Metric):
 
     lowest: Tensor
     highest: Tensor
-    squared_error: Tensor
+    sums: Tensor
     values: Tensor
     images: Tensor
-    psnr_sum: Tensor
-    ssim_sum: Tensor
-    lpips_sum: Tensor
 
     def __init__(self, perceptual: PerceptualLoss | None = None, **options: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**options)
         self.perceptual = perceptual
-        # Sums are in float64 because a float32 sum over thousands of images loses precision.
-        for name in ("squared_error", "psnr_sum", "ssim_sum", "lpips_sum"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # Sums of squared error, PSNR, SSIM and LPIPS, in float64 because float32 sums over many images lose precision.
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         # The ranges of predictions and targets are read only in ``compute`` because reading synchronizes with the GPU.
@@ -118,15 +114,13 @@ class ImageMetrics(Metric):
         self.highest = torch.maximum(self.highest, highest)
         prediction, target = _clamped(prediction), _clamped(target)
         squared = (prediction - target).square()
-        self.squared_error += squared.double().sum()
         self.values += squared.numel()
         self.images += squared.shape[0]
-        self.psnr_sum += _decibel(squared.mean((1, 2, 3))).double().sum()
-        self.ssim_sum += _ssim(prediction, target).double().sum()
+        scores = [squared, _decibel(squared.mean((1, 2, 3))), _ssim(prediction, target)]
         if self.perceptual is not None:
             with torch.autocast(prediction.device.type, enabled=False), without_tf32():
-                distances = self.perceptual.to(prediction.device)(prediction, target)
-            self.lpips_sum += distances.double().sum()
+                scores.append(self.perceptual.to(prediction.device)(prediction, target))
+        self.sums[: len(scores)] += torch.stack([score.double().sum() for score in scores])
 
     def compute(self) -> ImageScores:
         """Compute the metrics of all images of all ranks.
@@ -151,13 +145,9 @@ class ImageMetrics(Metric):
                 remedy="use an earlier checkpoint, or lower the learning rate",
             )
         _check_ranges(self.lowest, self.highest)
-        return ImageScores(
-            psnr=float(self.psnr_sum) / images,
-            psnr_pooled=float(_decibel(self.squared_error / self.values)),
-            ssim=float(self.ssim_sum) / images,
-            lpips=None if self.perceptual is None else float(self.lpips_sum) / images,
-            images=images,
-        )
+        pooled = float(_decibel(self.sums[0] / self.values))
+        psnr, ssim, lpips = (self.sums[1:] / images).tolist()
+        return ImageScores(psnr, pooled, ssim, None if self.perceptual is None else lpips, images)
 
 
 def _decibel(squared_error: Tensor) -> Tensor:
@@ -172,14 +162,11 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
-    if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
+    same = prediction.shape == target.shape
+    if not same or prediction.ndim != 4 or prediction.shape[1] != 3 or prediction.numel() == 0:
         raise ValueError(
-            "image metrics: expected two batches of RGB images (n, 3, h, w) of the same shape, but found prediction "
-            f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
-        )
-    if prediction.numel() == 0:
-        raise ValueError(
-            f"image metrics: expected at least one image, but found shape {tuple(prediction.shape)}"
+            "image metrics: expected two non-empty batches of RGB images (n, 3, h, w) of the same shape, but found "
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
         )
 
 

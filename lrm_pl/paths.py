@@ -1,8 +1,9 @@
-"""Local paths: command-line arguments, printed names, and hashes of files."""
+"""Local paths: command-line arguments, printed names, the cache folder and hashes of files."""
 
 import argparse
 import hashlib
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,11 +19,11 @@ def user_path(text: str) -> Path:
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"expected a path on this machine, but found the address {text}; download it, or choose a local path"
+            f"expected a path on this machine, but found the URL {text}. Download it, or choose a local path"
         )
     if not text:
         raise argparse.ArgumentTypeError(
-            "expected a path, but found nothing; is a variable of the shell empty?"
+            "expected a path, but found an empty string. Check whether a shell variable is empty"
         )
     return Path(text).expanduser()
 
@@ -31,6 +32,23 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file in lower-case hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the cache folder, which all processes on a machine share.
+
+    The folder is $LRM_CACHE if this variable is set, otherwise $XDG_CACHE_HOME/lrm_pl if that variable is set, and
+    otherwise ~/.cache/lrm_pl.
+
+    Raises:
+        InputError: No variable is set, and the user has no home folder.
+    """
+    if chosen := os.environ.get("LRM_CACHE"):
+        return Path(chosen).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrm_pl"
+    except RuntimeError as error:  # neither HOME nor an entry in /etc/passwd, as in containers
+        raise InputError("a home folder for the cache", "none", "set another folder: LRM_CACHE=") from error
 
 
 def escape_names() -> None:
@@ -50,6 +68,4 @@ def require_out(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            expected=f"a writable folder {folder}", found=error, remedy="choose another folder"
-        ) from error
+        raise InputError(f"a writable folder {folder}", error, "choose another folder") from error

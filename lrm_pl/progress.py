@@ -4,29 +4,37 @@ import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 #: Function that is called with the name of each stage when the stage starts.
 Listener = Callable[[str], None]
 
-_LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("listener", default=None)
-_SECONDS: contextvars.ContextVar[dict[str, float] | None] = contextvars.ContextVar("seconds", default=None)
-_WAIT: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("wait", default=None)
+
+class _Recorder(NamedTuple):
+    listener: Listener | None
+    wait: Callable[[], None] | None
+    seconds: dict[str, float]
+
+
+_RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """Return a context that notifies the active listener and measures the duration of a stage."""
-    listener, seconds = _LISTENER.get(), _SECONDS.get()
-    if listener is not None:
-        listener(name)
+    recorder = _RECORDER.get()
+    if recorder is None:
+        yield
+        return
+    if recorder.listener is not None:
+        recorder.listener(name)
     start = time.perf_counter()
     try:
         yield
     finally:
-        if seconds is not None:
-            if (wait := _WAIT.get()) is not None:
-                wait()
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        if recorder.wait is not None:
+            recorder.wait()
+        recorder.seconds[name] = recorder.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -42,11 +50,9 @@ def listening(
     Yields:
         Seconds by stage, which are updated when a stage ends.
     """
-    seconds = dict[str, float]()
-    tokens = _LISTENER.set(listener), _SECONDS.set(seconds), _WAIT.set(wait)
+    recorder = _Recorder(listener, wait, {})
+    token = _RECORDER.set(recorder)
     try:
-        yield seconds
+        yield recorder.seconds
     finally:
-        _LISTENER.reset(tokens[0])
-        _SECONDS.reset(tokens[1])
-        _WAIT.reset(tokens[2])
+        _RECORDER.reset(token)

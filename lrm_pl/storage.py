@@ -71,14 +71,10 @@ def open_store(path: str) -> tuple[Any, str]:
         return url_to_fs(path, use_listings_cache=False, **_options(scheme))
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        how = f"pip install 'lrm_pl[{extra}]'" if extra else f"install the fsspec package for {scheme}"
-        raise InputError(
-            expected=f"the package that reads {scheme}://", found=error, remedy=f"install it: {how}"
-        ) from error
+        remedy = f"run pip install 'lrm_pl[{extra}]'" if extra else f"install the fsspec package for {scheme}"
+        raise InputError(f"the package that reads {scheme}://", error, remedy) from error
     except ValueError as error:
-        raise InputError(
-            expected="a folder or a URL such as s3://BUCKET/RUN", found=f"{path!r}: {error}"
-        ) from error
+        raise InputError("a folder or a URL such as s3://BUCKET/RUN", f"{path!r}: {error}") from error
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -104,9 +100,8 @@ def store_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if is_server_fault(error) and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        ours = isinstance(error, InputError)
-        theirs = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_PACKAGES
-        if ours or not theirs or is_local(path):
+        is_request = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_PACKAGES
+        if isinstance(error, InputError) or not is_request or is_local(path):
             raise
         if (unreached := _unreached(error)) is not None:
             raise StoreError(
@@ -120,9 +115,8 @@ def store_errors(path: str) -> Iterator[None]:
             path.split("://")[0],
             "Check the bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)",
         )
-        raise error_class(
-            f"{path}: the request failed with {type(error).__name__}: {error}. {remedy}"
-        ) from error
+        problem = f"the request failed with {type(error).__name__}: {error}"
+        raise error_class(problem, remedy=remedy, subject=path) from error
 
 
 def is_server_fault(error: Exception) -> bool:
@@ -138,14 +132,13 @@ def is_server_fault(error: Exception) -> bool:
 
 def _unreached(error: BaseException) -> OSError | None:
     """Return the connection error in the chain of causes of an exception, or None."""
-    chain, found = [error], error.__cause__ or error.__context__
-    while found is not None and found not in chain:
-        chain.append(found)
-        found = found.__cause__ or found.__context__
-    for each in reversed(chain):
-        if isinstance(each, socket.gaierror) or (isinstance(each, OSError) and each.errno in _UNREACHED):
-            return each
-    return None
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    errors = (each for each in reversed(chain) if isinstance(each, OSError))
+    return next((e for e in errors if isinstance(e, socket.gaierror) or e.errno in _UNREACHED), None)
 
 
 def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) -> Result:
@@ -162,17 +155,17 @@ def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) 
     Raises:
         StoreError: The last attempt failed, or an object is missing.
     """
-    for attempt in range(1, attempts + 1):
+    wait = first_wait_s
+    while True:
         try:
             return work()
-        except MissingError:
-            raise
-        except StoreError:
-            if attempt == attempts:
+        except StoreError as error:
+            attempts -= 1
+            if isinstance(error, MissingError) or attempts <= 0:
                 raise
-            wait = min(first_wait_s * 2 ** (attempt - 1), _MAX_DELAY_S)
-            time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that workers do not retry at the same time
-    raise ValueError(f"expected at least one attempt, but found {attempts}")
+            # The jitter avoids that all workers retry at the same time.
+            time.sleep(min(wait, _MAX_DELAY_S) * random.uniform(0.5, 1))
+            wait *= 2
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) -> list[bytes]:
@@ -192,25 +185,22 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) 
     found: dict[tuple[int, int], bytes] = {}
 
     def request() -> None:
-        missing = [part for part in ranges if part not in found]
+        missing = [span for span in ranges if span not in found]
         fs, inner = open_store(url)
         starts, ends = [offset for offset, _ in missing], [offset + size for offset, size in missing]
+        failure: Exception | None = None
         with store_errors(url):
             answers = fs.cat_ranges([inner] * len(missing), starts, ends, on_error="return")
-            for part, answer in zip(missing, answers, strict=True):
-                if not isinstance(answer, Exception) and len(answer) == part[1]:
-                    found[part] = bytes(answer)
-            for answer in answers:
+            for (offset, size), answer in zip(missing, answers, strict=True):
                 if isinstance(answer, Exception):
-                    raise answer
-        for (offset, size), answer in zip(missing, answers, strict=True):
-            if len(answer) != size:
-                raise StoreError(
-                    subject=url,
-                    expected=f"{size} bytes at {offset}",
-                    found=len(answer),
-                    remedy="use a server that supports range requests" if len(answer) > size else "",
-                )
+                    failure = answer
+                elif len(answer) == size:
+                    found[offset, size] = bytes(answer)
+                else:
+                    remedy = "use a server that supports range requests" if len(answer) > size else ""
+                    failure = StoreError(f"{size} bytes at {offset}", len(answer), remedy, url)
+            if failure is not None:
+                raise failure
 
     retry(request, attempts)
-    return [found[part] for part in ranges]
+    return [found[span] for span in ranges]

@@ -14,8 +14,8 @@ from lrm_pl.cluster.checks.findings import print_table
 from lrm_pl.cluster.checks.versions import versions
 from lrm_pl.cluster.launch import add_process_options, data_folders, processes_per_node
 from lrm_pl.errors import exit_on_error
+from lrm_pl.paths import cache_folder
 from lrm_pl.training.processes import is_srun_task
-from lrm_pl.weights.resolve import cache_folder
 
 
 @exit_on_error

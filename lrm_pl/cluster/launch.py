@@ -15,8 +15,8 @@ from pathlib import Path
 
 from lrm_pl.cluster import slurm
 from lrm_pl.errors import InputError, exit_on_error
+from lrm_pl.paths import cache_folder
 from lrm_pl.training.processes import launch_processes
-from lrm_pl.weights.resolve import cache_folder
 
 STRATEGIES = Path("configs/trainer")
 JOB_SCRIPT = Path("configs/cluster/slurm.sbatch")

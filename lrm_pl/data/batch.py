@@ -90,11 +90,6 @@ class WholeViews:
     c2w: Float[Tensor, "*B V 4 4"]
     fxfycxcy: Float[Tensor, "*B V 4"]
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.rgba.shape[-3], self.rgba.shape[-2]
-
     def over_white(self) -> Views:
         """Composite the views over a white background."""
         images, alpha = over_white(self.rgba)
@@ -161,20 +156,15 @@ def collate(items: Sequence[Item]) -> PackedBatch:
     Raises:
         InputError: The size or the number of views differs between items.
     """
-    for part in ("input", "target"):
-        sizes = {getattr(item, part).size for item in items}
-        counts = {getattr(item, part).c2w.shape[0] for item in items}
-        if len(sizes) > 1 or len(counts) > 1:
-            which = ", ".join(
-                f"{getattr(item, part).size} of {item.ids[0]!r} ({getattr(item, part).c2w.shape[0]} views)"
-                for item in items
-            )
+    columns = list(zip(*map(_tensors, items), strict=True))
+    for column in columns:
+        if len({tensor.shape for tensor in column}) > 1:
+            pairs = zip(column, items, strict=True)
             raise InputError(
-                expected=f"{part} views of one shape in a batch",
-                found=which,
+                expected="views of one shape in a batch",
+                found=", ".join(f"{tuple(tensor.shape)} of {item.ids[0]!r}" for tensor, item in pairs),
                 remedy="render all objects with the same RES and VIEWS, or use a batch size of 1",
             )
-    columns = list(zip(*map(_tensors, items), strict=True))
     layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]
     size = _offsets(layout)[-1]
     if get_worker_info() is None:

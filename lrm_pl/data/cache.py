@@ -20,7 +20,7 @@ from pathlib import Path
 from lrm_pl.data.manifest import Shard
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
-from lrm_pl.paths import hash_file
+from lrm_pl.paths import cache_folder, hash_file
 from lrm_pl.storage import StoreError, read_ranges, retry
 
 #: Number of bytes per range request in a download.
@@ -51,18 +51,14 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Validate the ranges."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
-            raise InputError(
-                expected="gigabytes and ahead of 0 or more and attempts of 1 or more", found=self
-            )
+            raise InputError("gigabytes and ahead of 0 or more and attempts of 1 or more", self)
 
     @property
     def path(self) -> Path:
         """Folder of the cache."""
         if self.folder is not None:
             return Path(self.folder).expanduser()
-        ours = os.environ.get("LRM_CACHE")
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return (Path(ours).expanduser() if ours else home / "lrm_pl") / "shards"
+        return cache_folder() / "shards"
 
 
 class ShardCache:
@@ -80,14 +76,12 @@ class ShardCache:
     def find(self, shard: Shard) -> Path | None:
         """Return the path of the copy of a shard, or None. A copy of an unexpected size is removed."""
         path = self._path(shard)
-        try:
-            if path.stat().st_size != shard.bytes:
-                path.unlink(missing_ok=True)
-                return None
-            _mark_used(path)
-        except FileNotFoundError:
-            return None
-        return path
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == shard.bytes:
+                _mark_used(path)
+                return path
+            path.unlink()
+        return None
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
         """Hash the copy of a shard, and remove the copy if the hash differs from the manifest.
@@ -96,13 +90,11 @@ class ShardCache:
             Whether the copy was removed.
         """
         path = self._path(shard)
-        try:
-            if hash_file(path) == shard.sha256:
-                return False
-        except FileNotFoundError:
-            return False
-        path.unlink(missing_ok=True)
-        return True
+        with contextlib.suppress(FileNotFoundError):
+            if hash_file(path) != shard.sha256:
+                path.unlink(missing_ok=True)
+                return True
+        return False
 
     def download(self, shard: Shard) -> Path | None:
         """Copy a shard to the cache, unless the cache already contains a copy.
@@ -156,14 +148,13 @@ class ShardCache:
         while True:
             with self._locked("lock"):
                 partial.unlink(missing_ok=True)  # left by a killed process
-                files = dict(self._stats())
+                files = dict(self._copies())
                 used = sum(stat.st_size for stat in files.values())
-                whole = sorted((f for f in files if f.suffix == ".tar"), key=lambda f: files[f].st_mtime_ns)
-                for file in whole:
-                    if used + size <= self._limit:
-                        break
-                    file.unlink(missing_ok=True)
-                    used -= files[file].st_size
+                copies = sorted((f for f in files if f.suffix == ".tar"), key=lambda f: files[f].st_mtime_ns)
+                while copies and used + size > self._limit:
+                    oldest = copies.pop(0)
+                    oldest.unlink(missing_ok=True)
+                    used -= files[oldest].st_size
                 if used + size <= self._limit:
                     with open(partial, "wb") as empty:
                         empty.truncate(size)
@@ -177,21 +168,17 @@ class ShardCache:
                 )
             time.sleep(0.2)
 
-    def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield the paths and the status of copies. Copies that are removed at the same time are skipped."""
-        for path in self._files():
-            with contextlib.suppress(FileNotFoundError):
-                yield path, path.stat()
+    def _copies(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield the paths and the status of copies and downloads.
 
-    def _files(self) -> Iterator[Path]:
-        """Yield the paths of complete and partial copies, and remove partial copies left by killed processes."""
+        Downloads of killed processes are removed. Copies that other processes remove are skipped.
+        """
         for path in self.folder.iterdir():
-            if path.suffix == ".partial" and not self._is_locked(
-                path.name.removesuffix(".partial") + ".lock"
-            ):
-                path.unlink(missing_ok=True)
-            elif path.suffix in (".tar", ".partial") and path.is_file():
-                yield path
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix == ".partial" and not self._is_locked(path.with_suffix(".lock").name):
+                    path.unlink()
+                elif path.suffix in (".tar", ".partial"):
+                    yield path, path.stat()
 
     def _is_locked(self, name: str) -> bool:
         with open(self.folder / name, "w") as file:

@@ -86,6 +86,7 @@ class ShardDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("side_views", side_views, 0),
             ("unseen_views", unseen_views, 1),
+            ("val_objects", val_objects, 1),
             ("input_pool", input_pool, 1),
             ("workers", workers, 0),
             ("seed", seed, 0),
@@ -95,12 +96,6 @@ class ShardDataModule(L.LightningDataModule):
                 raise InputError(expected=f"a data.{name} of at least {least}", found=value)
         if not 0 <= max_bad_fraction <= 1:
             raise InputError(expected="a data.max_bad_fraction in [0, 1]", found=max_bad_fraction)
-        if val_objects is not None and val_objects < 1:
-            raise InputError(
-                expected="a data.val_objects of at least 1",
-                found=val_objects,
-                remedy="use null for all objects, or --trainer.limit_val_batches 0 to skip validation",
-            )
         self.max_bad_fraction, self.val_objects = max_bad_fraction, val_objects
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
         self.sets, self.cache = (DataSet(folder, weight), *also), cache
@@ -111,12 +106,7 @@ class ShardDataModule(L.LightningDataModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # Lightning's variable
         self.streams = streams
         self._has_warned = False
-        self._reset()
-
-    def _reset(self) -> None:
-        """Set the number of completed optimizer steps and the global position to 0."""
-        self._step, self._position = 0, 0
-        self._resumed_by_lightning = False
+        self._step, self._position, self._resumed_by_lightning = 0, 0, False
 
     def setup(self, stage: str) -> None:
         """Read the manifests and check the number of views. Training starts at position 0 unless ``resume`` is called.
@@ -125,22 +115,17 @@ class ShardDataModule(L.LightningDataModule):
             InputError: Shards are missing, are damaged or have too few views.
         """
         if stage == "fit":
-            self._reset()
+            self._step, self._position, self._resumed_by_lightning = 0, 0, False
         self.mixture = Mixture(self.sets, self.cache)
         needed = self.inputs + self.side_views + self.unseen_views
         for source, manifest, _ in self.mixture.members:
             if manifest.views < needed:
+                views = f"{self.inputs} input, {self.side_views} side, {self.unseen_views} unseen"
                 raise InputError(
                     subject=source.location,
-                    expected=(
-                        f"at least {needed} views per object ({self.inputs} input, {self.side_views} side, "
-                        f"{self.unseen_views} unseen)"
-                    ),
+                    expected=f"at least {needed} views per object ({views})",
                     found=manifest.views,
-                    remedy=(
-                        f"lower data.side_views or data.unseen_views, or run `make render-shards VIEWS={needed} "
-                        "OUT=...`"
-                    ),
+                    remedy=f"lower data.side_views or data.unseen_views, or render with VIEWS={needed}",
                 )
 
     @property
@@ -158,10 +143,7 @@ class ShardDataModule(L.LightningDataModule):
                 remedy="set --trainer.max_steps: the length of a run is given in steps, not in epochs",
             )
         return BatchPartition(
-            self.batch_size,
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
+            self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
         )
 
     def position(self, step: int) -> int:
@@ -234,9 +216,8 @@ class ShardDataModule(L.LightningDataModule):
             name: Name in ``EVALUATION_SETS``.
             limit: Maximum number of objects. If None, all objects.
         """
-        splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
-        views = slice(-self.unseen_views, None) if self.unseen_views else slice(0)
-        return self._evaluation_loader(splits[name], views, limit)
+        split: Split = "val" if name == "heldout" else "train"
+        return self._evaluation_loader(split, slice(-self.unseen_views, None), limit)
 
     def training_views_loader(self, limit: int | None = None) -> DataLoader[PackedBatch]:
         """Return a loader of the training views of training objects at full size.
@@ -244,7 +225,7 @@ class ShardDataModule(L.LightningDataModule):
         Args:
             limit: Maximum number of objects. If None, all objects.
         """
-        return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
+        return self._evaluation_loader("train", slice(-self.unseen_views), limit)
 
     def framing_batches(self) -> Iterator[Batch]:
         """Yield input views of a few training objects for ``measure_framing``, without worker processes."""
@@ -261,7 +242,7 @@ class ShardDataModule(L.LightningDataModule):
         if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
                 expected="a data module with a trainer, after setup",
-                found="neither" if self.trainer is None else "no call of setup",
+                found="no trainer" if self.trainer is None else "no call of setup",
                 remedy='set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
             )
         return self.trainer

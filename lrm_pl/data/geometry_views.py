@@ -71,15 +71,15 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
     Raises:
         SampleError: The member is not a depth image or is too large, or a depth is smaller than ``MIN_DEPTH``.
     """
-    pixels = read_pixels(key, name, encoded)
-    least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
-    if ((pixels > 0) & (pixels < least)).any():
+    depth = read_pixels(key, name, encoded).astype(np.float64) / _FULL * MAX_DEPTH
+    rounding = MAX_DEPTH / _FULL / 2
+    if ((depth > 0) & (depth < MIN_DEPTH - rounding)).any():
         raise SampleError(
             subject=f"sample {key!r}",
             expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0",
-            found=f"{pixels[pixels > 0].min() / _FULL * MAX_DEPTH:.2g}",
+            found=f"{depth[depth > 0].min():.2g}",
         )
-    return (pixels.astype(np.float64) / _FULL * MAX_DEPTH).astype(np.float32)
+    return depth.astype(np.float32)
 
 
 def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:

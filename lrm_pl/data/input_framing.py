@@ -51,22 +51,14 @@ class InputFraming:
         Raises:
             InputError: A field is unknown or is not a number.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        wrong = sorted(
-            str(name)
-            for name, value in record.items()
-            if name not in known
-            or not (
-                (isinstance(value, int | float) and not isinstance(value, bool))
-                or (name == "threshold" and value is None)
-            )
-        )
-        if wrong:
-            raise InputError(
-                subject=where, expected=f"numbers named {', '.join(sorted(known))}", found=", ".join(wrong)
-            )
-        numbers: dict[str, Any] = {name: value and float(value) for name, value in record.items()}
-        return cls(**numbers)
+        try:
+            numbers = {name: None if value is None else float(value) for name, value in record.items()}
+            return cls(**numbers)  # type: ignore[arg-type]
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            names = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise InputError(subject=where, expected=f"numbers named {names}", found=error) from error
 
 
 def measure_framing(batches: Iterable[Batch]) -> InputFraming | None:

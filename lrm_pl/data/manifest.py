@@ -172,9 +172,9 @@ def require_measurable_views(manifest: Manifest, where: str) -> None:
     if (found := manifest.resolution) is not None and found < LEAST_SIDE:
         raise InputError(
             subject=where,
-            expected=f"views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet)",
+            expected=f"views of at least {LEAST_SIDE} pixels, which LPIPS with AlexNet requires",
             found=found,
-            remedy="render larger views: RES=",
+            remedy="render larger views with RES=",
         )
 
 
@@ -190,19 +190,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(expected=f"finished shards in {folder}", found=f"no {MANIFEST_NAME}", remedy=remedy)
     manifest = parse_manifest(path.read_bytes(), str(path))
     for shard in manifest.shards:
-        for name, size in ((shard.name, shard.bytes), (shard.index_name, None)):
-            file = folder / name
+        for file in (folder / shard.name, folder / shard.index_name):
             if not file.is_file():
-                raise ShardError(
-                    expected=f"the shard file {file}", found="none", remedy=f"delete {path} and {remedy}"
-                )
-            if size is not None and file.stat().st_size != size:
-                raise ShardError(
-                    subject=file,
-                    expected=f"{size} bytes",
-                    found=f"{file.stat().st_size}: it is damaged",
-                    remedy=f"delete it and {path}, then {remedy}",
-                )
+                raise ShardError(f"the shard file {file}", "none", f"delete {path} and {remedy}")
+        if (size := (folder / shard.name).stat().st_size) != shard.bytes:
+            raise ShardError(
+                subject=folder / shard.name,
+                expected=f"{shard.bytes} bytes",
+                found=f"{size}: it is damaged",
+                remedy=f"delete it and {path}, then {remedy}",
+            )
     return manifest
 
 
@@ -216,34 +213,33 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     Raises:
         ShardError: The schema version is unknown, a field is invalid, or there are no samples.
     """
-    remedy = "render the shards again, or copy the whole folder again"
     try:
         record: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ShardError(subject=where, expected="JSON", found=error, remedy=remedy) from error
-    version = record.get("schema_version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ShardError(
-            subject=where,
-            expected=f"schema version {SCHEMA_VERSION}",
-            found=f"{version!r}",
-            remedy="render the shards again with this version, or use the lrm_pl version that wrote them",
-        )
-    try:
+        if (version := record.get("schema_version")) != SCHEMA_VERSION:
+            raise ShardError(
+                subject=where,
+                expected=f"schema version {SCHEMA_VERSION}",
+                found=f"{version!r}",
+                remedy="render the shards again with this version, or use the lrm_pl version that wrote them",
+            )
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
-        if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
-            raise ValueError(f"shard {twice[0]} twice")
+        if repeated := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+            raise ValueError(f"shard {repeated[0]} twice")
         for name, kind in (("views", int), ("failures", int), ("render", dict)):
             if type(record[name]) is not kind:
                 raise TypeError(f"{name} {record[name]!r}")
-        manifest = Manifest(shards=shards, **record)
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        if not any(shard.samples for shard in shards):
+            raise ValueError("no samples")
+        return Manifest(shards=shards, **record)
+    except ShardError:
+        raise
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
-            subject=where, expected="the fields of a manifest", found=error, remedy=remedy
+            subject=where,
+            expected="a manifest of shards",
+            found=error,
+            remedy="render the shards again, or copy the whole folder again",
         ) from error
-    if not any(shard.samples for shard in shards):
-        raise ShardError(subject=where, expected="shards with samples", found="none", remedy=remedy)
-    return manifest
 
 
 def read_index(folder: Path, shard: Shard) -> MemberIndex:
@@ -256,9 +252,7 @@ def read_index(folder: Path, shard: Shard) -> MemberIndex:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ShardError(
-            subject=path, expected="a member index", found=error, remedy=f"render {shard.name} again"
-        ) from error
+        raise ShardError("a member index", error, f"render {shard.name} again", path) from error
     return parse_index(content, str(path), shard)
 
 
@@ -274,31 +268,24 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
         ShardError: The index does not match the shard.
     """
     try:
-        record = json.loads(content)
         index = {
             str(key): {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
-            for key, members in record.items()
+            for key, members in json.loads(content).items()
         }
+        spans = [span for members in index.values() for span in members.values()]
+        if (large := max((size for _, size in spans), default=0)) > MAX_MEMBER_BYTES:
+            raise ValueError(f"a member of {large} bytes, more than {MAX_MEMBER_BYTES}")
+        if len(index) != shard.samples:
+            raise ValueError(f"{len(index)} samples instead of {shard.samples}")
+        if any(offset < 0 or size < 0 or offset + size > shard.bytes for offset, size in spans):
+            raise ValueError(f"a member outside the {shard.bytes} bytes of the tar")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
-            subject=where, expected="a member index", found=error, remedy=f"render {shard.name} again"
+            subject=where,
+            expected=f"a member index of {shard.name}",
+            found=error,
+            remedy=f"render {shard.name} again",
         ) from error
-    large = max((size for members in index.values() for _, size in members.values()), default=0)
-    if large > MAX_MEMBER_BYTES:
-        raise ShardError(
-            subject=where,
-            expected=f"members of at most {MAX_MEMBER_BYTES} bytes",
-            found=f"one of {large}",
-            remedy=f"render {shard.name} again",
-        )
-    spans = [span for members in index.values() for span in members.values()]
-    if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
-        raise ShardError(
-            subject=where,
-            expected=f"{shard.samples} samples inside {shard.bytes} bytes",
-            found=f"{len(index)} samples and a last byte at {max((o + n for o, n in spans), default=0)}",
-            remedy=f"render {shard.name} again",
-        )
     return index
 
 
@@ -319,9 +306,7 @@ def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
             file.seek(offset)
             content = file.read(size)
             if len(content) != size:
-                raise SampleError(
-                    expected=f"{size} bytes at {offset}", found=f"{len(content)}: the file is truncated"
-                )
+                raise SampleError(f"{size} bytes at {offset}", f"{len(content)}: the file is truncated")
             contents.append(content)
     return contents
 
@@ -339,12 +324,12 @@ def read_samples(folder: Path, shard: Shard) -> Iterator[tuple[str, dict[str, by
 
 def _checked_shard(entry: dict[str, Any]) -> Shard:
     shard = Shard(**entry)
-    if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
-        raise ValueError(f"shard name {shard.name!r} is not a plain .tar file name")
-    if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"shard {shard.name}: sha256 {shard.sha256!r}")
-    if shard.split not in SPLITS or not all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes)):
-        raise ValueError(f"shard {shard.name}: split {shard.split!r}, samples {shard.samples!r}")
-    if type(shard.rejected) is not bool:
-        raise ValueError(f"shard {shard.name}: rejected {shard.rejected!r}")
+    if not (
+        re.fullmatch(r"[^/\0]+\.tar", shard.name)
+        and re.fullmatch("[0-9a-f]{64}", shard.sha256)
+        and shard.split in SPLITS
+        and all(type(number) is int and number >= 0 for number in (shard.samples, shard.bytes))
+        and type(shard.rejected) is bool
+    ):
+        raise ValueError(f"the shard {entry}")
     return shard

@@ -28,9 +28,7 @@ class DataSet:
     def __post_init__(self) -> None:
         """Validate the weight."""
         if self.weight < 1:
-            raise InputError(
-                expected="weights of 1 or more", found=self, remedy="remove the data set instead"
-            )
+            raise InputError("a weight of at least 1", self, "remove data sets that are not used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +132,7 @@ class Mixture:
         for source, manifest, _ in self.members:
             if not manifest.split("train"):
                 raise ShardError(
-                    subject=source.location,
-                    expected="samples in the split 'train'",
-                    found="none",
-                    remedy="render more objects",
+                    "samples in the split 'train'", "none", "render more objects", source.location
                 )
         found = sum(entry.shard.samples for entry in self.entries("train", repeated=True))
         if found < least:

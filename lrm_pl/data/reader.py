@@ -3,8 +3,8 @@
 import io
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -24,6 +24,8 @@ from lrm_pl.data.schema import (
 from lrm_pl.data.tar import END_OF_ARCHIVE, RECORD, padded, record_spans
 from lrm_pl.storage import StoreError
 
+Result = TypeVar("Result")
+
 
 class PackedIndex:
     """The member index of a shard in numpy arrays.
@@ -39,31 +41,29 @@ class PackedIndex:
 
     def __init__(self, index: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
         names: dict[str, int] = {}
-        ids, sizes, gaps, starts = list[int](), list[int](), list[int](), list[int]()
-        for key, members in index.items():
-            end = None
-            for name, (offset, size) in members.items():
-                gap, rest = (1, 0) if end is None else divmod(offset - end, RECORD)
-                if rest or not 1 <= gap <= 255:
-                    raise ShardError(
-                        expected=f"adjacent members of {key!r}", found=f"{name} at byte {offset}"
-                    )
-                if end is None:
-                    starts.append(offset - RECORD)
-                gaps.append(gap)
-                ids.append(names.setdefault(name, len(names)))
-                sizes.append(size)
-                end = offset + padded(size)
-            if end is None:
-                raise ShardError(expected=f"members of {key!r}", found="none")
+        members = [
+            (names.setdefault(name, len(names)), offset, size)
+            for sample in index.values()
+            for name, (offset, size) in sample.items()
+        ]
+        ids, offsets, sizes = np.array(members, np.int64).reshape(-1, 3).T
+        counts = np.array([len(sample) for sample in index.values()], np.int64)
+        if not counts.all():
+            raise ShardError(expected="members of each sample", found="a sample without members")
+        # Offset of the first header record of each sample, and cumulative number of members.
+        self._ends = np.cumsum(counts)
+        first = self._ends - counts
+        self._starts = offsets[first] - RECORD
+        # Index in ``_names``, size and number of header records of each member.
+        header_starts = np.concatenate([[0], offsets[:-1] + padded(sizes[:-1])])
+        header_starts[first] = self._starts
+        headers, rest = np.divmod(offsets - header_starts, RECORD)
+        if rest.any() or not ((headers >= 1) & (headers <= 255)).all():
+            raise ShardError(expected="adjacent members of each sample", found="gaps between members")
+        self._headers, self._sizes = headers.astype(np.uint8), sizes.astype(np.uint32)
+        self._ids = ids.astype(np.min_scalar_type(len(names)))
         self._names = tuple(names)
         self._keys = np.array([key.encode() for key in index], dtype=np.bytes_)
-        # Offset of the first header record of each sample, and cumulative number of members.
-        self._starts = np.array(starts, np.int64)
-        self._ends = np.cumsum([len(members) for members in index.values()], dtype=np.int64)
-        # Index in ``_names``, size and number of header records of each member.
-        self._ids, self._sizes = np.array(ids, np.min_scalar_type(len(names))), np.array(sizes, np.uint32)
-        self._gaps = np.array(gaps, np.uint8)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -80,11 +80,11 @@ class PackedIndex:
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
         """Return a mapping from member name to offset and size in bytes for a sample."""
-        part = slice(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
-        columns = (column[part].tolist() for column in (self._ids, self._sizes, self._gaps))
+        part = slice(self._ends[number - 1] if number else 0, self._ends[number])
+        columns = (column[part].tolist() for column in (self._ids, self._sizes, self._headers))
         offset, members = int(self._starts[number]), dict[str, tuple[int, int]]()
-        for name, size, gap in zip(*columns, strict=True):
-            offset += gap * RECORD
+        for name, size, headers in zip(*columns, strict=True):
+            offset += headers * RECORD
             members[self._names[name]] = (offset, size)
             offset += padded(size)
         return members
@@ -184,12 +184,33 @@ class ShardReader:
         Raises:
             SampleError: The sample cannot be read or is invalid. The message contains the shard and the sample.
         """
+        return self.read_as(location, views, lambda sample: sample, extras)
+
+    def read_as(
+        self,
+        location: SampleLocation,
+        views: Sequence[int],
+        convert: Callable[[Sample], Result],
+        extras: Sequence[str] = (),
+    ) -> Result:
+        """Read and decode one sample, and apply a function to the sample.
+
+        Args:
+            location: Location of the sample.
+            views: Indices of the views to read.
+            convert: Function of the sample.
+            extras: Names of optional members to read if they exist.
+
+        Raises:
+            SampleError: The sample cannot be read or is invalid, or ``convert`` raised ``SampleError``. The message
+                contains the shard and the sample.
+        """
         key = self.key(location)
         try:
-            return decode_sample(key, self.read_members(location, views, extras), views)
+            return convert(decode_sample(key, self.read_members(location, views, extras), views))
         except SampleError as error:
             if self.evict_if_corrupt(location):
-                return self.read(location, views, extras)
+                return self.read_as(location, views, convert, extras)
             raise self.located(location, error) from error
 
     def evict_if_corrupt(self, location: SampleLocation) -> bool:
@@ -209,11 +230,9 @@ class ShardReader:
         """
         entry, key, message = self.entries[location.shard], self.key(location), str(error)
         message = message if repr(key) in message else f"sample {key!r}: {message}"
-        remedy = (
-            "Delete this shard and the manifest, then render again"
-            if entry.source.local
-            else "Check this URL"
-        )
+        remedy = "Check this URL"
+        if entry.source.local:
+            remedy = "Delete this shard and the manifest, then render again"
         return SampleError(f"{entry.source.location}/{entry.shard.name}: {message}. {remedy}")
 
     def _index(self, shard: int) -> PackedIndex:

@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from tokenize import TokenError
 from typing import Any
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, error_subject
 from lrm_pl.images import DECODE_ERRORS, webp_size
 
 SCHEMA_VERSION = 2
@@ -70,6 +71,11 @@ MAX_DEPTH = 8.0
 
 class SampleError(InputError):
     """A sample violates the schema."""
+
+
+def sample_subject(key: str) -> AbstractContextManager[None]:
+    """Return a context that adds the key of a sample to errors without subject."""
+    return error_subject(f"sample {key!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +140,8 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     Raises:
         SampleError: The sample violates the schema.
     """
-    check_sample(sample)
+    if unknown := sorted(name for name in sample.extras if not EXTRA_PATTERN.fullmatch(name)):
+        raise SampleError(expected=f"extras that match {EXTRA_PATTERN.pattern}", found=unknown)
     members = {
         INFO_MEMBER: encode_info(sample.info),
         "c2w.npy": encode_array(sample.c2w),
@@ -142,7 +149,9 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     }
     for index, view in enumerate(sample.views):
         members[view_member(index, _image_format(view))] = view
-    return members | {name: sample.extras[name] for name in sorted(sample.extras)}
+    members |= {name: sample.extras[name] for name in sorted(sample.extras)}
+    decode_sample(sample.info.id, members)  # validates the members
+    return members
 
 
 def encode_info(info: SampleInfo) -> bytes:
@@ -151,90 +160,45 @@ def encode_info(info: SampleInfo) -> bytes:
     return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
 
 
-def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
+def decode_sample(key: str, members: Mapping[str, bytes], selected: Sequence[int] | None = None) -> Sample:
     """Decode a sample from tar members and validate it.
 
     Args:
         key: Key of the sample in the tar.
         members: Mapping from member name without the key to content.
-        views: Indices of the views in ``members``. If None, all views.
+        selected: Indices of the views in ``members``. If None, all views.
 
     Raises:
         SampleError: A member is missing or invalid, or the sample violates the schema.
     """
-    info, subject = decode_info(key, _member(key, members, INFO_MEMBER)), f"sample {key!r}"
-    encoded = [b""] * info.views
-    for index in range(info.views) if views is None else views:
-        if not 0 <= index < info.views:
-            raise SampleError(subject=subject, expected=f"views below {info.views}", found=f"index {index}")
-        names = [view_member(index, image_format) for image_format in IMAGE_FORMATS]
-        found = [name for name in names if name in members]
-        if len(found) != 1:
+    with sample_subject(key):
+        if not KEY_PATTERN.fullmatch(key):
+            raise SampleError(expected="a key of letters, digits, '_' and '-'", found=f"{key!r}")
+        if missing := [name for name in NEEDED_MEMBERS if name not in members]:
+            raise SampleError(expected=f"a member {key}.{missing[0]}", found=sorted(members))
+        info = decode_info(key, members[INFO_MEMBER])
+        images: dict[int, bytes] = {}
+        for name in sorted(name for name in members if re.match(r"view_\d+\.", name)):
+            index = int(name[5:8]) if VIEW_PATTERN.fullmatch(name) else info.views
+            if index >= info.views or index in images:
+                raise SampleError(expected=f"{info.views} views, each once", found=f"also {name}")
+            images[index] = members[name]
+        for index in range(info.views) if selected is None else selected:
+            if index not in images:
+                raise SampleError(expected=f"{info.views} views", found=f"no {view_member(index)}")
+        c2w = decode_array(key, "c2w.npy", members["c2w.npy"], (info.views, 4, 4))
+        if (error := rigid_error(c2w)) > RIGID_TOLERANCE:
             raise SampleError(
-                subject=subject,
-                expected=f"{info.views} views, each once",
-                found=" and ".join(found) or f"no {names[0]}",
+                expected=f"rigid poses (deviation at most {RIGID_TOLERANCE})",
+                found=f"{error:.2g}",
+                remedy="store camera-to-world poses that consist of a rotation, a translation and the last row 0 0 0 1",
             )
-        encoded[index] = members[found[0]]
-    known = {view_member(index, suffix) for index in range(info.views) for suffix in IMAGE_FORMATS}
-    if extra := sorted(name for name in members if re.fullmatch(r"view_\d+\..*", name) and name not in known):
-        raise SampleError(subject=subject, expected=f"{info.views} views", found=f"also {extra}")
-    sample = Sample(
-        info=info,
-        c2w=decode_array(key, "c2w.npy", _member(key, members, "c2w.npy"), (info.views, 4, 4)),
-        fxfycxcy=decode_array(key, "fxfycxcy.npy", _member(key, members, "fxfycxcy.npy"), (info.views, 4)),
-        views=tuple(encoded),
-        extras={name: content for name, content in members.items() if EXTRA_PATTERN.fullmatch(name)},
-    )
-    check_sample(sample)
-    return sample
-
-
-def check_sample(sample: Sample) -> None:
-    """Validate key, counts, shapes, dtypes, poses and intrinsics without decoding images.
-
-    Raises:
-        SampleError: The sample violates the schema.
-    """
-    info, key = sample.info, sample.info.id
-    if not KEY_PATTERN.fullmatch(key):
-        raise SampleError(
-            subject=f"sample {key!r}", expected="a key of letters, digits, '_' and '-'", found=f"{key!r}"
-        )
-    if info.views < 1:
-        raise SampleError(subject=f"sample {key!r}", expected="at least one view", found=info.views)
-    for name, array, shape in (
-        ("c2w", sample.c2w, (info.views, 4, 4)),
-        ("fxfycxcy", sample.fxfycxcy, (info.views, 4)),
-    ):
-        if array.shape != shape or array.dtype != np.float32:
-            raise SampleError(
-                subject=f"sample {key!r}",
-                expected=f"{name} of shape {shape} and float32 for {info.views} views",
-                found=f"{array.shape} and {array.dtype}",
-            )
-    if len(sample.views) != info.views:
-        raise SampleError(subject=f"sample {key!r}", expected=f"{info.views} views", found=len(sample.views))
-    strange = sorted(name for name in sample.extras if not EXTRA_PATTERN.fullmatch(name))
-    if strange:
-        raise SampleError(
-            subject=f"sample {key!r}", expected=f"extras like {EXTRA_PATTERN.pattern}", found=strange
-        )
-    error = rigid_error(sample.c2w)
-    if error > RIGID_TOLERANCE:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"rigid poses (deviation at most {RIGID_TOLERANCE})",
-            found=f"{error:.2g}",
-            remedy="a pose is camera to world: a rotation, a translation, and a last row of 0 0 0 1",
-        )
-    focal = sample.fxfycxcy[:, :2]
-    if not np.isfinite(sample.fxfycxcy).all() or (focal <= 0).any():
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected="finite intrinsics with positive focal lengths",
-            found=sample.fxfycxcy.tolist(),
-        )
+        fxfycxcy = decode_array(key, "fxfycxcy.npy", members["fxfycxcy.npy"], (info.views, 4))
+        if not np.isfinite(fxfycxcy).all() or (fxfycxcy[:, :2] <= 0).any():
+            raise SampleError("finite intrinsics with positive focal lengths", fxfycxcy.tolist())
+        views = tuple(images.get(index, b"") for index in range(info.views))
+        extras = {name: content for name, content in members.items() if EXTRA_PATTERN.fullmatch(name)}
+        return Sample(info, c2w, fxfycxcy, views, extras)
 
 
 def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
@@ -250,31 +214,23 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
     Raises:
         SampleError: The view is not a PNG or WebP image, is not RGBA, or is too large.
     """
-    _require_small(key, webp_size(encoded))
-    try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
-            if image.mode != "RGBA":
-                raise SampleError(
-                    subject=f"sample {key!r}",
-                    expected="RGBA views",
-                    found=f"mode {image.mode}",
-                    remedy="render with alpha",
-                )
-            _require_small(key, image.size)
-            return np.array(image, dtype=np.uint8)
-    except SampleError:
-        raise
-    except DECODE_ERRORS as error:
-        raise SampleError(
-            subject=f"sample {key!r}", expected="a PNG or WebP view", found=f"{len(encoded)} bytes: {error}"
-        ) from error
+    with sample_subject(key):
+        _require_small(webp_size(encoded))
+        try:
+            with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
+                if image.mode != "RGBA":
+                    raise SampleError("RGBA views", f"mode {image.mode}", "render with alpha")
+                _require_small(image.size)
+                return np.array(image, dtype=np.uint8)
+        except SampleError:
+            raise
+        except DECODE_ERRORS as error:
+            raise SampleError("a PNG or WebP view", f"{len(encoded)} bytes: {error}") from error
 
 
-def _require_small(key: str, size: tuple[int, int]) -> None:
+def _require_small(size: tuple[int, int]) -> None:
     if max(size) > MAX_IMAGE_SIDE:
-        raise SampleError(
-            subject=f"sample {key!r}", expected=f"views of at most {MAX_IMAGE_SIDE} pixels a side", found=size
-        )
+        raise SampleError(expected=f"views of at most {MAX_IMAGE_SIDE} pixels a side", found=size)
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
@@ -316,29 +272,23 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
         SampleError: The member is not a float32 array of the expected shape.
     """
     file = io.BytesIO(encoded)
-    try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"version {version} of the format")
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except HEADER_ERRORS as error:
-        raise SampleError(
-            subject=f"sample {key!r}", expected=f"a numpy array in {key}.{name}", found=error
-        ) from error
-    # Checked before allocation, because a small header can declare terabytes.
-    if found != shape or dtype != np.float32 or fortran:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"{name} of shape {shape} and float32",
-            found=f"{found} and {dtype}{(', column by column' if fortran else '')}",
-        )
-    content = file.read()
-    if len(content) != 4 * math.prod(shape):
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"{4 * math.prod(shape)} bytes in {key}.{name}",
-            found=len(content),
-        )
+    with sample_subject(key):
+        try:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version} of the format")
+            found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except HEADER_ERRORS as error:
+            raise SampleError(expected=f"a numpy array in {key}.{name}", found=error) from error
+        # Checked before allocation, because a small header can declare terabytes.
+        if found != shape or dtype != np.float32 or fortran:
+            raise SampleError(
+                expected=f"{name} of shape {shape} and float32",
+                found=f"{found} and {dtype}{' in Fortran order' if fortran else ''}",
+            )
+        content = file.read()
+        if len(content) != 4 * math.prod(shape):
+            raise SampleError(expected=f"{4 * math.prod(shape)} bytes in {key}.{name}", found=len(content))
     return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()
 
 
@@ -347,15 +297,7 @@ def _image_format(encoded: bytes) -> str:
         return "png"
     if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         return "webp"
-    raise SampleError(
-        expected="views encoded as PNG or WebP", found=f"bytes that begin with {encoded[:12]!r}"
-    )
-
-
-def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
-    if name not in members:
-        raise SampleError(subject=f"sample {key!r}", expected=f"a member {key}.{name}", found=sorted(members))
-    return members[name]
+    raise SampleError("views encoded as PNG or WebP", f"bytes that begin with {encoded[:12]!r}")
 
 
 def decode_info(key: str, encoded: bytes) -> SampleInfo:
@@ -364,35 +306,29 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
     Raises:
         SampleError: The JSON is invalid, or has unexpected fields, a different schema version or a different id.
     """
-    try:
-        record: Any = json.loads(encoded)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(subject=f"sample {key!r}", expected=f"JSON in {key}.json", found=error) from error
-    if not isinstance(record, dict):
-        raise SampleError(
-            subject=f"sample {key!r}", expected=f"a JSON object in {key}.json", found=type(record).__name__
-        )
-    version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"schema version {SCHEMA_VERSION}",
-            found=f"{version!r}",
-            remedy="render it again with this version's data_tools, or use the lrm_pl version that wrote it",
-        )
-    expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
-    record = {"sha256": ""} | record
-    wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
-    if wrong or set(record) != set(expected):
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"the fields {sorted(expected)} with their types",
-            found=f"{sorted(record)}" + (f", with {wrong} wrong or missing" if wrong else ""),
-        )
-    if record["id"] != key:
-        raise SampleError(
-            subject=f"sample {key!r}", expected=f"the id {key!r} in {key}.json", found=f"{record['id']!r}"
-        )
-    if not 1 <= record["views"] <= 999:
-        raise SampleError(subject=f"sample {key!r}", expected="1 to 999 views", found=record["views"])
-    return SampleInfo(**record)
+    with sample_subject(key):
+        try:
+            record: Any = json.loads(encoded)
+        except (ValueError, RecursionError) as error:
+            raise SampleError(expected=f"JSON in {key}.json", found=error) from error
+        if not isinstance(record, dict):
+            raise SampleError(expected=f"a JSON object in {key}.json", found=type(record).__name__)
+        if (version := record.get("schema_version")) != SCHEMA_VERSION:
+            raise SampleError(
+                expected=f"schema version {SCHEMA_VERSION}",
+                found=f"{version!r}",
+                remedy="render it again with this version's data_tools, or use the lrm_pl version that wrote it",
+            )
+        expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
+        record = {"sha256": ""} | record
+        wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
+        if wrong or set(record) != set(expected):
+            raise SampleError(
+                expected=f"the fields {sorted(expected)} with their types",
+                found=f"{sorted(record)}" + (f", with {wrong} wrong or missing" if wrong else ""),
+            )
+        if record["id"] != key:
+            raise SampleError(expected=f"the id {key!r} in {key}.json", found=f"{record['id']!r}")
+        if not 1 <= record["views"] <= 999:
+            raise SampleError(expected="1 to 999 views", found=record["views"])
+        return SampleInfo(**record)

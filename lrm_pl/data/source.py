@@ -4,12 +4,14 @@ Members of a remote shard are read from the copy in the cache (``lrm_pl.data.cac
 read with range requests while threads copy the shard, so that the first step does not wait for complete shards.
 """
 
+import contextlib
 import logging
+import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lrm_pl.data.cache import CacheConfig, ShardCache
@@ -99,12 +101,8 @@ class ShardSource:
         if self.local:
             return read_index(Path(self.location), shard)
         where = f"{self.location}/{shard.index_name}"
-        self._require_readable(shard.index_name)
-        try:
+        with self._tracked(shard.index_name):
             return parse_index(self._read_file(where), where, shard)
-        except StoreError as error:
-            self._mark_unreadable(shard.index_name, error)
-            raise
 
     def read(self, shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read byte ranges of a shard.
@@ -124,16 +122,10 @@ class ShardSource:
         if self.local:
             return read_members(Path(self.location) / shard.name, spans)
         if self._cache is not None and (copy := self._cache.find(shard)) is not None:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # the copy has been evicted
                 return read_members(copy, spans)
-            except FileNotFoundError:  # the copy has been evicted
-                pass
-        self._require_readable(shard.name)
-        try:
+        with self._tracked(shard.name):
             found = read_ranges(f"{self.location}/{shard.name}", spans, self.config.attempts)
-        except StoreError as error:
-            self._mark_unreadable(shard.name, error)
-            raise
         self._failed_in_a_row.clear()
         return found
 
@@ -146,8 +138,7 @@ class ShardSource:
         if self._cache is None or shard.name in self._checked:
             return False
         self._checked.add(shard.name)
-        removed = self._cache.evict_if_corrupt(shard)
-        if removed:
+        if removed := self._cache.evict_if_corrupt(shard):
             logger.warning("removed a damaged copy of %s/%s", self.location, shard.name)
         return removed
 
@@ -177,27 +168,30 @@ class ShardSource:
                 time.sleep(_RETRY_AFTER_S / 10)
             self._prefetching.discard(shard.name)
 
-    def _mark_unreadable(self, name: str, error: StoreError) -> None:
-        """Record that a file cannot be read, so that other samples in the file fail without retries.
+    @contextlib.contextmanager
+    def _tracked(self, name: str) -> Iterator[None]:
+        """Return a context that records a failure to read a file, so that other samples in it fail without retries.
 
         Raises:
+            StoreError: The file could not be read, now or shortly before.
             StoreDownError: Several consecutive files could not be read.
         """
-        self._unreadable[name] = time.monotonic(), str(error)
-        if isinstance(error, MissingError):
-            return
-        self._failed_in_a_row.add(name)
-        if len(self._failed_in_a_row) >= _MAX_FAILURES:
-            raise StoreDownError(
-                f"{self.location} does not respond: {_MAX_FAILURES} files in a row could not be read. "
-                f"The last error: {error}. "
-                "Start the run again when the store is available; it resumes"
-            ) from error
-
-    def _require_readable(self, name: str) -> None:
-        when, why = self._unreadable.get(name, (-_RETRY_AFTER_S, ""))
-        if why and time.monotonic() < when + _RETRY_AFTER_S:
-            raise StoreError(why)
+        failed_at, message = self._unreadable.get(name, (-math.inf, ""))
+        if time.monotonic() < failed_at + _RETRY_AFTER_S:
+            raise StoreError(message)
+        try:
+            yield
+        except StoreError as error:
+            self._unreadable[name] = time.monotonic(), str(error)
+            if not isinstance(error, MissingError):
+                self._failed_in_a_row.add(name)
+            if len(self._failed_in_a_row) >= _MAX_FAILURES:
+                raise StoreDownError(
+                    f"{self.location} does not respond: {_MAX_FAILURES} files in a row could not be read. "
+                    f"The last error: {error}. "
+                    "Start the run again when the store is available. It resumes from the last checkpoint"
+                ) from error
+            raise
 
     def _read_file(self, url: str) -> bytes:
         """Read a complete file."""

@@ -62,16 +62,13 @@ class BatchPartition:
             raise InputError(expected="trainer.accumulate_grad_batches of at least 1", found=self.accumulate)
         parts = self.world * self.accumulate
         if self.batch_size < 1 or self.batch_size % parts:
-            below, above = self.batch_size // parts * parts, -(-max(1, self.batch_size) // parts) * parts
+            below = self.batch_size // parts * parts
+            choices = " or ".join(str(size) for size in (below, below + parts) if size > 0)
             raise InputError(
-                expected=(
-                    f"a data.batch_size divisible by {self.world} processes x {self.accumulate} accumulated batches"
-                ),
+                subject="data.batch_size",
+                expected=f"a number divisible by {self.world} processes x {self.accumulate} accumulated batches",
                 found=self.batch_size,
-                remedy=(
-                    f"use {(f'{below} or ' if below else '')}{above} objects per optimizer step, or another number "
-                    "of processes"
-                ),
+                remedy=f"use {choices} objects per optimizer step, or another number of processes",
             )
 
     @property
@@ -196,12 +193,11 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
 
     def _fault(self, location: SampleLocation) -> str:
         """Return the error message of the latest candidate, which is a bad sample."""
+        error = self._error or SampleError("The sample was rejected by a stage of data.stages")
         try:
-            if self._error is None:
-                return f"sample {self.reader.key(location)!r}: rejected by a stage of data.stages"
-            return str(self.reader.located(location, self._error))
-        except SampleError as error:  # the index of the shard cannot be read
-            return str(error)
+            return str(self.reader.located(location, error))
+        except SampleError as unreadable:  # the index of the shard cannot be read
+            return str(unreadable)
 
     def _prefetch(self, batches: range) -> Iterator[None]:
         """Prefetch the shards of the next ``ahead`` samples, and of one additional batch per iteration."""
@@ -219,11 +215,8 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         rng = sample_rng(self.seed, location.epoch, self.reader.key(location), entry.repeat)
         available = self.reader.view_count(location) - self.unseen_views
         views = choose_views(rng, available, self.inputs + self.side_views, self.input_pool)
-        return self.reader.read_members(location, views) | {
-            "__views__": views,
-            "__step__": step,
-            "__rng__": rng,
-        }
+        selection = {"__views__": views, "__step__": step, "__rng__": rng}
+        return self.reader.read_members(location, views) | selection
 
     def decode(self, members: dict[str, Any]) -> DecodedSample:
         """Validate the members and decode the selected views."""
@@ -305,12 +298,6 @@ class EvaluationSet(IterableDataset[Item]):
             item = self._try(index) if index < len(self.locations) else None
             if item is None:
                 item = replacement = replacement or self._replacement()
-            if item is None:
-                raise InputError(
-                    expected="a readable sample in the split",
-                    found=f"none among {len(self.locations)}",
-                    remedy="check the shards: `python -m data_tools validate --shards FOLDER`",
-                )
             yield item
 
     def readable(self) -> Iterator[Item]:
@@ -322,19 +309,22 @@ class EvaluationSet(IterableDataset[Item]):
         location = self.locations[index]
         try:
             views = range(self.reader.view_count(location))[self.views]
-            sample = self.reader.read(location, sorted({*range(self.inputs), *views}))
-            try:
-                return evaluation_item(sample, self.inputs, views)
-            except SampleError as error:  # a view cannot be decoded
-                if self.reader.evict_if_corrupt(location):
-                    return self._try(index, warn=warn)
-                raise self.reader.located(location, error) from error
+            return self.reader.read_as(
+                location,
+                sorted({*range(self.inputs), *views}),
+                lambda sample: evaluation_item(sample, self.inputs, views),
+            )
         except SampleError as error:
             if warn:
                 logger.warning("skipped %s", error)
             return None
 
-    def _replacement(self) -> Item | None:
+    def _replacement(self) -> Item:
         """Return the first readable sample as an item of weight 0."""
-        item = next(self.readable(), None)
-        return None if item is None else dataclasses.replace(item, weight=torch.zeros(()))
+        for item in self.readable():
+            return dataclasses.replace(item, weight=torch.zeros(()))
+        raise InputError(
+            expected="a readable sample in the split",
+            found=f"none among {len(self.locations)}",
+            remedy="check the shards: `python -m data_tools validate --shards FOLDER`",
+        )

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, decode_array, encode_array
+from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, decode_array, encode_array, sample_subject
 
 #: Number of points per object, twice the number in the evaluation protocol of TripoSR.
 SURFACE_POINTS: Final = 20_000
@@ -28,9 +28,9 @@ def encode_surface(points: npt.NDArray[np.floating], normals: npt.NDArray[np.flo
         SampleError: The number of points is unexpected, a point is outside [-1, 1]^3, or a normal does not have length
             1.
     """
-    record = np.concatenate([points, normals], axis=1).astype(np.float32)
-    _check("", record)
-    return encode_array(record)
+    encoded = encode_array(np.concatenate([points, normals], axis=1).astype(np.float32))
+    decode_surface("", encoded)  # validates the points and normals
+    return encoded
 
 
 def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -48,24 +48,12 @@ def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], n
             1.
     """
     record = decode_array(key, SURFACE_MEMBER, encoded, (SURFACE_POINTS, 6))
-    _check(key, record)
-    return record[:, :3], record[:, 3:]
-
-
-def _check(key: str, record: npt.NDArray[np.float32]) -> None:
-    if record.shape != (SURFACE_POINTS, 6):
-        raise SampleError(expected=f"{SURFACE_POINTS} points and normals", found=record.shape)
     reach = np.abs(record[:, :3]).max()
     length = np.linalg.norm(record[:, 3:], axis=1)
-    if not reach <= _REACH:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"the points of {SURFACE_MEMBER} within [-1, 1]^3",
-            found=f"{reach:.3g}",
-        )
-    if not (np.abs(length - 1) <= _UNIT_TOLERANCE).all():
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"normals of length 1 in {SURFACE_MEMBER}",
-            found=f"lengths from {length.min():.3g} to {length.max():.3g}",
-        )
+    with sample_subject(key):
+        if not reach <= _REACH:
+            raise SampleError(f"the points of {SURFACE_MEMBER} within [-1, 1]^3", f"{reach:.3g}")
+        if not (np.abs(length - 1) <= _UNIT_TOLERANCE).all():
+            found = f"lengths from {length.min():.3g} to {length.max():.3g}"
+            raise SampleError(f"normals of length 1 in {SURFACE_MEMBER}", found)
+    return record[:, :3], record[:, 3:]

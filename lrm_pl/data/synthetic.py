@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lrm_pl.data.manifest import Manifest, Split, write_manifest
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.tar import write_shard
+from lrm_pl.geometry.cameras import look_at
 
 FOV_DEG = 50.0
 DISTANCE = 2.6
@@ -44,13 +46,13 @@ def write_synthetic_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
-    splits: list[tuple[Split, int]] = [("train", train), ("val", val)]
-    for split, count in splits:
-        names = [f"{split}-ellipsoid-{i:03d}" for i in range(count)]
+    counts: dict[Split, int] = {"train": train, "val": val}
+    for split, count in counts.items():
         for number, first in enumerate(range(0, count, shard_size)):
+            keys = [f"{split}-ellipsoid-{i:03d}" for i in range(first, min(first + shard_size, count))]
             samples = [
                 (key, encode_sample(synthetic_sample(key, views, resolution, seed, surface=surface)))
-                for key in names[first : first + shard_size]
+                for key in keys
             ]
             shards.append(write_shard(folder, f"{split}-{number:06d}.tar", split, samples))
     manifest = Manifest(tuple(shards), views, 0, {"renderer": "synthetic", "normalize": "sphere"})
@@ -72,16 +74,19 @@ def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surfac
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     radii = rng.uniform(0.4, 0.95, 3)
     base, slope = rng.uniform(0.2, 0.8, 3), rng.uniform(-0.2, 0.2, (3, 3))
-    c2w = np.stack(
-        [_pose(2 * np.pi * (i + rng.random()) / views, rng.uniform(-0.4, 0.6)) for i in range(views)]
+    angles = [(2 * np.pi * (i + rng.random()) / views, rng.uniform(-0.4, 0.6)) for i in range(views)]
+    azimuth, elevation = np.array(angles).T
+    directions = np.stack(
+        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)], axis=-1
     )
+    c2w = look_at(torch.from_numpy(DISTANCE * directions)).numpy()
     focal = 0.5 / np.tan(np.radians(FOV_DEG / 2))
     fxfycxcy = np.tile(np.array([focal, focal, 0.5, 0.5], np.float32), (views, 1))
     images = tuple(encode_image(_render(pose, focal, resolution, radii, base, slope)) for pose in c2w)
     info = SampleInfo(key, key, "CC0", "lrm_pl", "synthetic", seed, "synthetic", views)
-    extras = (
-        {SURFACE_MEMBER: encode_surface(*ellipsoid_surface(radii, SURFACE_POINTS, rng))} if surface else {}
-    )
+    extras = {}
+    if surface:
+        extras[SURFACE_MEMBER] = encode_surface(*ellipsoid_surface(radii, SURFACE_POINTS, rng))
     return Sample(info, c2w.astype(np.float32), fxfycxcy, images, extras)
 
 
@@ -105,18 +110,6 @@ def ellipsoid_surface(
     kept = np.flatnonzero(rng.random(len(unit)) < stretch * radii.min())[:count]
     assert len(kept) == count, len(kept)
     return unit[kept] * radii, gradient[kept] / stretch[kept, None]
-
-
-def _pose(azimuth: float, elevation: float) -> npt.NDArray[np.float64]:
-    position = DISTANCE * np.array(
-        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
-    )
-    forward = -position / DISTANCE
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    pose = np.eye(4)
-    pose[:3] = np.column_stack([right, np.cross(forward, right), forward, position])
-    return pose
 
 
 def _render(

@@ -6,17 +6,27 @@ fractions of a second. The readers in this package skip these records.
 """
 
 import json
+import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, Split, new_file, write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
+from lrm_pl.errors import error_subject
 from lrm_pl.paths import hash_file
+
+Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 #: Size of a tar record in bytes.
 RECORD: Final = 512
+
+#: Names of members: the key of the sample, a dot and the name without "/".
+MEMBER_PATTERN: Final = re.compile(rf"{KEY_PATTERN.pattern}\.[^/]+", re.DOTALL)
 
 #: The end of a tar, which consists of two records of zeros.
 END_OF_ARCHIVE: Final = bytes(2 * RECORD)
@@ -25,7 +35,7 @@ END_OF_ARCHIVE: Final = bytes(2 * RECORD)
 _MAX_PADDING = 1 << 20
 
 
-def padded(size: int) -> int:
+def padded(size: Size) -> Size:
     """Return a size in bytes rounded up to full records."""
     return -(-size // RECORD) * RECORD
 
@@ -93,51 +103,48 @@ def scan_tar(path: Path) -> MemberIndex:
     """
     index: MemberIndex = {}
     key, end = "", 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+    with error_subject(path):
+        try:
+            for member in _regular_files(path):
                 sample, _, name = member.name.partition(".")
-                if not member.isreg() or member.issparse() or {"path", "size"} & member.pax_headers.keys():
-                    raise ShardError(
-                        subject=path,
-                        expected="regular files with plain names, as webdataset writes",
-                        found=f"{member.name!r} of type {member.type!r} at byte {member.offset}",
-                    )
-                if not KEY_PATTERN.fullmatch(sample) or not name or "/" in name or len(member.name) >= 100:
-                    raise ShardError(
-                        subject=path,
-                        expected="members named KEY.NAME with a key of letters, digits, '_' and '-'",
-                        found=f"{member.name!r}",
-                    )
                 if sample != key and sample in index:
-                    raise ShardError(
-                        subject=path, expected="adjacent members of each sample", found=f"{sample!r} twice"
-                    )
+                    raise ShardError(expected="adjacent members of each sample", found=f"{sample!r} twice")
                 members = index.setdefault(sample, {})
                 if name in members or (members and member.offset != end):
                     raise ShardError(
-                        subject=path,
                         expected=f"each member of {sample!r} once and without gaps",
                         found=f"{member.name!r} at byte {member.offset}",
                     )
                 members[name] = (member.offset_data, member.size)
                 key, end = sample, member.offset_data + padded(member.size)
-    except tarfile.TarError as error:
-        raise ShardError(
-            subject=path, expected="a tar", found=error, remedy="copy or write the shard again"
-        ) from error
-    # ``tarfile`` stops without an error at the first header that it cannot read.
-    with open(path, "rb") as file:
-        file.seek(end)
-        rest = file.read(_MAX_PADDING + 1)
-    if len(rest) < len(END_OF_ARCHIVE) or len(rest) > _MAX_PADDING or any(rest):
-        raise ShardError(
-            subject=path,
-            expected=f"the end of the archive at byte {end}",
-            found=f"{len(rest)} other bytes",
-            remedy="the shard is truncated or damaged: copy or write it again",
-        )
+        except tarfile.TarError as error:
+            raise ShardError(expected="a tar", found=error, remedy="copy or write the shard again") from error
+        # ``tarfile`` stops without an error at the first header that it cannot read.
+        with open(path, "rb") as file:
+            file.seek(end)
+            rest = file.read(_MAX_PADDING + 1)
+        if not len(END_OF_ARCHIVE) <= len(rest) <= _MAX_PADDING or any(rest):
+            raise ShardError(
+                expected=f"the end of the archive at byte {end}",
+                found=f"{len(rest)} other bytes",
+                remedy="copy or write the shard again, because it is truncated or damaged",
+            )
     return index
+
+
+def _regular_files(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, which must be regular files named KEY.NAME without extended headers."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            is_plain = (
+                member.isreg() and not member.issparse() and not {"path", "size"} & member.pax_headers.keys()
+            )
+            if not is_plain or not MEMBER_PATTERN.fullmatch(member.name) or len(member.name) >= 100:
+                raise ShardError(
+                    expected="regular files named KEY.NAME with a key of letters, digits, '_' and '-'",
+                    found=f"{member.name!r} of type {member.type!r} at byte {member.offset}",
+                )
+            yield member
 
 
 def record_spans(members: Mapping[str, tuple[int, int]], names: Iterable[str]) -> list[tuple[int, int]]:

@@ -88,7 +88,7 @@ class Augmentation:
 
     def crop_at(self, step: int) -> CropConfig:
         """Return the crop settings of an optimizer step."""
-        return [self.crop, *(stage.crop for stage in self.stages if stage.from_step <= step)][-1]
+        return self.crops[sum(stage.from_step <= step for stage in self.stages)]
 
 
 def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Generator:
@@ -124,9 +124,7 @@ def choose_views(
         SampleError: There are fewer than ``count`` training views.
     """
     if available < count:
-        raise SampleError(
-            expected=f"at least {count} training views", found=available, remedy="render more views: VIEWS="
-        )
+        raise SampleError(f"at least {count} training views", available, "render more views: VIEWS=")
     first = int(rng.integers(min(input_pool or available, available)))
     others = rng.permutation([view for view in range(available) if view != first])
     return [first, *(int(view) for view in others[: count - 1])]
@@ -193,7 +191,9 @@ def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation
         intrinsics.append(resize_and_crop(camera, (side, side), (top, left, crop.size, crop.size)))
     background = torch.from_numpy(rng.random((count, 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((count, crop.size, crop.size), dtype=np.float32))
-    target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
+    pixels = torch.stack(windows)
+    images = pixels[:, :3] + (1 - pixels[:, 3:]) * background[:, :, None, None]
+    target = Views(images, pixels[:, 3], background, c2w, torch.stack(intrinsics), jitter)
     # The cameras are copied, because noise is added in place.
     views = _whole(sample.info.id, sample.images[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:
@@ -226,7 +226,7 @@ def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxc
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
         raise SampleError(subject=f"sample {key!r}", expected="views of one size", found=sizes)
-    pixels = rgba[0][None] if len(rgba) == 1 else np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
+    pixels = np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
     return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 
 
@@ -246,9 +246,3 @@ def _place_window(
 
 def _noise(rng: np.random.Generator, size: float, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(rng.uniform(-size, size, shape).astype(np.float32))
-
-
-def _views(rgba: Tensor, background: Tensor, c2w: Tensor, fxfycxcy: Tensor, jitter: Tensor | None) -> Views:
-    alpha = rgba[:, 3]
-    images = rgba[:, :3] + (1 - alpha)[:, None] * background[:, :, None, None]
-    return Views(images, alpha, background, c2w, fxfycxcy, jitter)

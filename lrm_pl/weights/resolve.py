@@ -20,7 +20,7 @@ from rich.progress import wrap_file
 
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
-from lrm_pl.paths import hash_file
+from lrm_pl.paths import cache_folder, hash_file
 from lrm_pl.scratch import ScratchFolder
 from lrm_pl.weights import pypi_mirror
 from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile, WeightName
@@ -85,27 +85,6 @@ def verify_hash(path: Path, expected: Sequence[str], subject: str, remedy: str) 
         target = f"{path} with sha256 {' or '.join(expected)}"
         raise WeightsError(subject=subject, expected=target, found=found, remedy=remedy)
     return found
-
-
-def cache_folder() -> Path:
-    """Return the cache folder.
-
-    The folder is $LRM_CACHE if this variable is set, otherwise $XDG_CACHE_HOME/lrm_pl if that variable is set, and
-    otherwise ~/.cache/lrm_pl.
-
-    Raises:
-        WeightsError: No variable is set, and the user has no home folder.
-    """
-    if chosen := os.environ.get("LRM_CACHE"):
-        return Path(chosen).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "lrm_pl"
-    try:
-        return Path.home() / ".cache" / "lrm_pl"
-    except RuntimeError as error:  # there is no $HOME and no entry in /etc/passwd, as in containers
-        raise WeightsError(
-            expected="a home folder for the cache", found="none", remedy="set another folder: LRM_CACHE="
-        ) from error
 
 
 def cached_path(file: WeightFile) -> Path:

@@ -237,9 +237,7 @@ def test_a_url_instead_of_a_folder_raises_an_error(words, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         main([*words, "s3://bucket/shards"])
-    assert (
-        "expected a path on this machine, but found the address s3://bucket/shards" in capsys.readouterr().err
-    )
+    assert "expected a path on this machine, but found the URL s3://bucket/shards" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

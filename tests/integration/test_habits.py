@@ -180,7 +180,7 @@ def test_views_that_are_too_small_for_the_metrics_are_rejected_before_training(h
         tmp_path / "small", dataclasses.replace(manifest, render=manifest.render | {"resolution": 24})
     )
     with pytest.raises(
-        SystemExit, match=r"expected views of 31 pixels or more, as LPIPS needs .*, but found 24"
+        SystemExit, match=r"expected views of at least 31 pixels, which LPIPS .* requires, but found 24"
     ):
         main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
     with pytest.raises(InputError, match="found 24"):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.cluster import slurm
 from lrm_pl.cluster.launch import Launch, sbatch_command
-from lrm_pl.weights.resolve import cache_folder
+from lrm_pl.paths import cache_folder
 from tests.builders import TINY
 from tests.servers.slurm import idle_nodes
 

@@ -1,4 +1,4 @@
-"""Batches on their way: from a worker process, through pinned memory, to a device."""
+"""Transfer of batches from worker processes through pinned memory to a device."""
 
 import dataclasses
 import shutil
@@ -31,7 +31,7 @@ def stream(folder, steps, size=16):
 
 @pytest.fixture(params=["training", "evaluation"])
 def packed(request, shards):
-    """A packed batch; targets are crops in training and whole views in evaluation."""
+    """A packed batch, whose targets are crops in training and full views in evaluation."""
     if request.param == "training":
         return next(iter(stream(shards, 1)))
     return collate([evaluation_item(synthetic_sample(name, 4, 20, 0), 2, [2, 3]) for name in "ab"])
@@ -49,7 +49,7 @@ def same(one, other):
     assert (one.ids, one.faults) == (other.ids, other.faults)
 
 
-def test_a_batch_arrives_from_a_worker_as_it_is_made_here(shards):
+def test_training_batches_of_workers_equal_batches_of_this_process(shards):
     alone = list(DataLoader(stream(shards, 4), batch_size=None))
     sent = list(DataLoader(stream(shards, 4), batch_size=None, num_workers=2))
     for one, other in zip(alone, sent, strict=True):
@@ -57,7 +57,7 @@ def test_a_batch_arrives_from_a_worker_as_it_is_made_here(shards):
         same(one.to("cpu"), other.to("cpu"))
 
 
-def test_an_evaluation_set_arrives_from_a_worker_as_it_is_made_here(shards):
+def test_evaluation_batches_of_workers_equal_batches_of_this_process(shards):
     items = EvaluationSet(Mixture([DataSet(str(shards))]), "train", 1, slice(-2, None))
     alone, sent = (list(DataLoader(items, collate_fn=collate, num_workers=count)) for count in (0, 1))
     assert len(alone) == len(items)
@@ -65,7 +65,7 @@ def test_an_evaluation_set_arrives_from_a_worker_as_it_is_made_here(shards):
         same(one.to("cpu"), other.to("cpu"))
 
 
-def test_a_batch_holds_what_its_items_hold():
+def test_collate_stacks_the_tensors_of_items():
     items = [evaluation_item(synthetic_sample(name, 4, 20, 0), 1, [2, 3]) for name in "ab"]
     batch = collate(items).to("cpu")
     assert batch.ids == ("a", "b")
@@ -76,7 +76,7 @@ def test_a_batch_holds_what_its_items_hold():
                 assert torch.equal(getattr(views, name)[index], getattr(expected, name)), (part, name)
 
 
-def test_the_bytes_of_a_block_by_hand():
+def test_the_size_of_a_packed_batch_equals_the_hand_computed_value():
     packed = collate([evaluation_item(synthetic_sample(name, 4, 20, 0), 1, [2, 3]) for name in "ab"])
     weight, pixels, pose, camera = (
         64,
@@ -92,19 +92,19 @@ def _block(packed):
     return range(start, start + packed.flat.numel())
 
 
-def test_every_tensor_of_a_block_is_aligned_for_vector_loads(packed):
+def test_tensors_of_a_packed_batch_are_aligned(packed):
     flat = packed.flat.data_ptr()
     inside = [x for x in tensors(packed.to("cpu")) if x.data_ptr() in _block(packed)]
     assert len(inside) >= 5
     assert {(x.data_ptr() - flat) % 64 for x in inside} == {0}
 
 
-def test_on_a_cpu_nothing_is_copied(packed):
+def test_batches_on_the_cpu_share_memory_with_the_packed_batch(packed):
     batch = packed.to("cpu")
     assert batch.weight.untyped_storage().data_ptr() == packed.flat.data_ptr()
 
 
-def test_on_an_accelerator_plain_operators_make_the_same_batch(packed, monkeypatch):
+def test_pytorch_operators_create_the_same_batch_as_numba(packed, monkeypatch):
     expected = packed.to("cpu")
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
     monkeypatch.delattr(views_numba, "over_white")
@@ -127,7 +127,7 @@ class Copies(TorchDispatchMode):
         return found
 
 
-def test_a_batch_crosses_to_a_gpu_in_one_copy_that_does_not_block_and_lies_there_whole(packed):
+def test_a_batch_is_copied_to_a_gpu_with_one_asynchronous_copy(packed):
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         batch = packed.to("cuda")
     assert copies.blocking == [False]
@@ -142,7 +142,7 @@ def test_a_batch_crosses_to_a_gpu_in_one_copy_that_does_not_block_and_lies_there
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Stand in for pinned memory, which needs an accelerator; returns what was pinned."""
+    """Replace ``Tensor.pin_memory``, which requires an accelerator, and return the pinned tensors."""
     blocks = []
 
     def pin(tensor):
@@ -153,7 +153,7 @@ def pinned(monkeypatch):
     return blocks
 
 
-def test_pytorch_pins_a_batch_as_one_block(packed, pinned):
+def test_pytorch_pins_a_packed_batch_with_one_call(packed, pinned):
     found = pin_memory(packed)
     assert isinstance(found, PackedBatch)
     assert found.flat is pinned[0]
@@ -175,7 +175,7 @@ def test_a_loader_pins_each_batch_once(shards, pinned, monkeypatch, workers):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_gpu_gets_the_bits_that_a_cpu_gets_through_pinned_memory(shards, workers):
+def test_batches_on_the_gpu_equal_batches_on_the_cpu(shards, workers):
     found = list(DataLoader(stream(shards, 3), batch_size=None, num_workers=workers, pin_memory=True))
     for one, other in zip(found, stream(shards, 3), strict=True):
         assert one.flat.is_pinned()
@@ -193,13 +193,13 @@ def module_on(where, shards, workers):
 
 
 @pytest.mark.parametrize(("where", "pins"), [("cpu", False), ("cuda:1", True)])
-def test_batches_are_pinned_where_a_gpu_trains(shards, where, pins):
+def test_loaders_pin_memory_only_for_cuda_devices(shards, where, pins):
     data = module_on(where, shards, workers=0)
     loaders = [data.train_dataloader(), *data.val_dataloader(), data.training_views_loader()]
     assert [loader.pin_memory for loader in loaders] == [pins] * 4
 
 
-def test_views_that_are_smaller_than_the_crops_are_named_once(shards, tmp_path, caplog):
+def test_views_smaller_than_the_crops_are_reported_once(shards, tmp_path, caplog):
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     manifest = read_manifest(tmp_path)
     write_manifest(tmp_path, dataclasses.replace(manifest, render=manifest.render | {"resolution": 32}))
@@ -214,7 +214,7 @@ def test_views_that_are_smaller_than_the_crops_are_named_once(shards, tmp_path, 
     assert ["views of 32 pixels are enlarged to up to 64" in one.message for one in caplog.records] == [True]
 
 
-def test_the_workers_of_one_validation_serve_the_next(shards):
+def test_validation_workers_are_reused(shards):
     alone, loader = (module_on("cpu", shards, workers).evaluation_loader("unseen") for workers in (0, 2))
     seen = []
     for _ in range(2):
@@ -231,7 +231,7 @@ def test_the_workers_of_one_validation_serve_the_next(shards):
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_the_memory_of_a_worker_stays_flat_over_eighty_epochs(shards):
+def test_the_memory_of_a_worker_does_not_grow_over_80_epochs(shards):
     steps = 160  # of two objects; the split has four
     # Spawned: a fork's memory also grows by the pages that it shared with these tests.
     loader = DataLoader(

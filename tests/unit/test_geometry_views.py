@@ -1,4 +1,4 @@
-"""Depth and normals as images: values by hand, round trips, and files that are something else."""
+"""Encoding and decoding of depth and normal images."""
 
 import io
 
@@ -19,7 +19,7 @@ from lrm_pl.data.schema import SampleError, decode_image
 DEPTH, NORMAL = "depth_000.png", "normal_000.png"
 
 
-def test_depth_is_a_share_of_eight_units_in_16_bits_by_hand():
+def test_encoded_depth_equals_hand_computed_values():
     # 2 / 8 * 65535 = 16383.75; 0.001 / 8 * 65535 = 8.19
     encoded = encode_depth(np.array([[0, 8.0, 2.0], [0.001, 4.00004, 0]], dtype=np.float32))
     assert read_pixels("a", DEPTH, encoded).tolist() == [[0, 65535, 16384], [8, 32768, 0]]
@@ -30,7 +30,7 @@ def test_depth_is_a_share_of_eight_units_in_16_bits_by_hand():
     np.testing.assert_allclose(depth, [[0, 8, 16384 * 8 / 65535], [64 / 65535, 4.00006, 0]], rtol=1e-6)
 
 
-def test_depth_is_kept_to_half_a_step_and_a_second_round_changes_nothing():
+def test_depth_is_exact_to_half_a_step_and_encoding_is_idempotent():
     depth = np.random.default_rng(0).uniform(0.001, 8, (40, 50))
     encoded = encode_depth(depth)
     again = decode_depth("a", DEPTH, encoded)
@@ -38,7 +38,7 @@ def test_depth_is_kept_to_half_a_step_and_a_second_round_changes_nothing():
     assert encode_depth(again) == encoded
 
 
-def test_normals_are_halves_of_8_bits_by_hand():
+def test_encoded_normals_equal_hand_computed_values():
     # (0.28 + 1) / 2 * 255 = 163.2, (-0.96 + 1) / 2 * 255 = 5.1; 0 is no normal, and black
     encoded = encode_normals(np.array([[(0, 0, 0), (0.28, -0.96, 0)], [(1, 0, 0), (0, 0, -1)]]))
     pixels = [[[0, 0, 0], [163, 5, 128]], [[255, 128, 128], [128, 128, 0]]]
@@ -49,7 +49,7 @@ def test_normals_are_halves_of_8_bits_by_hand():
     np.testing.assert_allclose(normals[0], [(0, 0, 0), (0.278341, -0.960474, 0.003920)], atol=1e-6)
 
 
-def test_normals_are_kept_to_half_a_degree():
+def test_normals_are_exact_to_half_a_degree():
     normals = np.random.default_rng(0).normal(size=(40, 50, 3))
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     again = decode_normals("a", NORMAL, encode_normals(normals))
@@ -58,13 +58,13 @@ def test_normals_are_kept_to_half_a_degree():
 
 
 @pytest.mark.parametrize("depth", [-1.0, 0.0001, 8.1, np.inf, np.nan])
-def test_depth_that_16_bits_cannot_hold_is_refused(depth):
+def test_depth_out_of_range_raises_an_error(depth):
     with pytest.raises(SampleError, match=r"expected depth from 0\.001 to 8\.0, or 0"):
         encode_depth(np.array([[1.0, depth]]))
 
 
 @pytest.mark.parametrize("length", [0.9, 1.1, np.nan])
-def test_normals_of_another_length_are_refused(length):
+def test_normals_of_a_length_other_than_1_raise_an_error(length):
     with pytest.raises(SampleError, match="expected normals of length 1"):
         encode_normals(np.array([[(0, 0, 1), (0, 0, length)]]))
 
@@ -99,12 +99,12 @@ def text_bomb(mode):
     ],
     ids=lambda value: None if isinstance(value, str) else f"{len(value)}_bytes",
 )
-def test_what_is_no_image_of_it_is_refused_by_name(name, encoded, message):
+def test_invalid_images_raise_an_error_with_the_member_name(name, encoded, message):
     decode = decode_depth if name == DEPTH else decode_normals
     with pytest.raises(SampleError, match=rf"sample 'chair': expected .*{message}"):
         decode("chair", name, encoded)
 
 
-def test_a_view_whose_text_would_fill_the_memory_is_a_bad_sample():
+def test_a_png_with_a_text_bomb_raises_an_error():
     with pytest.raises(SampleError, match="sample 'chair': expected a PNG or WebP view"):
         decode_image("chair", text_bomb("RGBA"))

@@ -126,8 +126,8 @@ def test_a_glob_pattern_is_expanded_to_images(tmp_path):
             ["--texture", "a.png"],
             "expected a number of pixels or no value, but found 'a.png'. Give images first",
         ),
-        (["https://example.com/a.png"], "on this machine, but found the address https://example.com/a.png"),
-        (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
+        (["https://example.com/a.png"], "on this machine, but found the URL https://example.com/a.png"),
+        (["a.png", "--out", "s3://bucket/out"], "found the URL s3://bucket/out"),
         ([""], "expected a path, but found nothing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""File systems without locks, and places where nothing can be kept."""
+"""File systems without locks, and read-only folders."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from lrm_pl.locks import lock
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said_once_and_worked_on(monkeypatch, tmp_path, caplog, code):
+def test_a_file_system_without_locks_is_reported_once(monkeypatch, tmp_path, caplog, code):
     def none(file, operation):
         raise OSError(code, "no locks here")
 
@@ -23,7 +23,7 @@ def test_a_file_system_without_locks_is_said_once_and_worked_on(monkeypatch, tmp
     assert caplog.text.count("has no locks") == 1
 
 
-def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
+def test_other_lock_errors_are_raised(monkeypatch, tmp_path):
     def broken(file, operation):
         raise OSError(errno.EIO, "broken")
 
@@ -32,14 +32,14 @@ def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
         lock(file, wait=False)
 
 
-def test_a_second_rendering_in_a_folder_is_refused(monkeypatch, tmp_path):
+def test_a_second_render_job_in_a_folder_raises_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_TIMEOUT_S", 0.2)
     with lock_folder(tmp_path), pytest.raises(InputError, match="but found one"), lock_folder(tmp_path):
         raise AssertionError
 
 
-def test_a_function_is_compiled_also_where_its_code_cannot_be_kept():
-    """Of a source that numba has no place for, as in a read-only container of a user without a home."""
+def test_numba_functions_are_compiled_without_a_cache_folder():
+    """A read-only container of a user without home folder has no cache folder."""
     names = {}
     exec("def twice(x):\n    return 2 * x\n", names)
     assert compiled()(names["twice"])(21) == 42

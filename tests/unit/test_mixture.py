@@ -1,4 +1,4 @@
-"""Several data sets as one: how often each object comes, and what every appearance looks like."""
+"""Weighted mixtures of data sets."""
 
 import collections
 
@@ -16,7 +16,7 @@ from lrm_pl.errors import InputError
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Three objects of 6 views, and two of 4, all of the same names."""
+    """Two data sets with three objects of 6 views and two objects of 4 views, which have the same keys."""
     folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")]
     write_synthetic_shards(folders[0], train=3, val=1, views=6, resolution=16, shard_size=2)
     write_synthetic_shards(folders[1], train=2, val=2, views=4, resolution=16, shard_size=2)
@@ -32,7 +32,7 @@ def stream(mixture, share, steps, position=0):
     return TrainingStream(mixture, share, 1, 1, 1, None, augmentation, 0, 4, steps, 0, position)
 
 
-def test_an_object_comes_as_often_an_epoch_as_the_weight_of_its_set_says(two):
+def test_an_object_appears_as_often_per_epoch_as_its_weight(two):
     run = stream(mixed(two), BatchPartition(1), steps=9)
     assert run.order.total == 3 * 1 + 2 * 3
     places = [run.order.locate(g) for g in range(3 * 9)]
@@ -52,7 +52,7 @@ def test_an_object_comes_as_often_an_epoch_as_the_weight_of_its_set_says(two):
         }
 
 
-def test_the_mixture_is_the_same_over_any_ranks_and_from_any_position(two):
+def test_a_mixture_does_not_depend_on_ranks_and_start_position(two):
     whole = [key for batch in stream(mixed(two), BatchPartition(3), steps=6) for key in batch.ids]
     dealt = [
         batch.ids[0] for rank in range(3) for batch in stream(mixed(two), BatchPartition(3, rank, 3), steps=6)
@@ -61,7 +61,7 @@ def test_the_mixture_is_the_same_over_any_ranks_and_from_any_position(two):
     assert [key for batch in stream(mixed(two), BatchPartition(3), 4, 6) for key in batch.ids] == whole[6:]
 
 
-def test_appearances_of_an_object_in_one_epoch_differ(two):
+def test_repetitions_of_an_object_in_an_epoch_differ(two):
     run = stream(mixed(two), BatchPartition(1), steps=9)
     places = [run.order.locate(g) for g in range(9)]
     again = [
@@ -78,7 +78,7 @@ def test_appearances_of_an_object_in_one_epoch_differ(two):
     assert not any(torch.equal(backgrounds[a], backgrounds[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
+def test_evaluation_contains_every_object_once_with_its_last_views(two):
     items = list(EvaluationSet(mixed(two), "train", 1, slice(-1, None)))
     assert len(items) == 5
     assert all(item.target.rgba.shape[0] == 1 for item in items)
@@ -86,13 +86,13 @@ def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
     assert counts == [5, 5, 5, 3, 3], "6 and 4 views an object, the last one left out"
 
 
-def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, tmp_path):
+def test_empty_training_splits_and_invalid_weights_raise_an_error(two, tmp_path):
     write_synthetic_shards(tmp_path, train=0, val=2, views=4, resolution=16)
     with pytest.raises(
         ShardError, match=rf"{tmp_path}: expected samples in the split 'train', but found none"
     ):
         stream(mixed([two[0], tmp_path], (1, 1)), BatchPartition(1), 1)
-    with pytest.raises(InputError, match=r"weights of 1 or more, but found .*weight=0"):
+    with pytest.raises(InputError, match=r"a weight of at least 1, but found .*weight=0"):
         DataSet("somewhere", 0)
     with pytest.raises(
         InputError, match=r"found train-000000.tar in both .* List each data set once, with its weight"
@@ -113,7 +113,7 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
         ("seed", -1),
     ],
 )
-def test_a_number_that_the_data_cannot_have_is_refused_by_its_option(name, value):
+def test_invalid_options_raise_an_error_with_the_option_name(name, value):
     with pytest.raises(
         InputError, match=f"expected a data.{name} of at least {value + 1}, but found {value}"
     ):

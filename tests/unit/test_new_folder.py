@@ -1,4 +1,4 @@
-"""A folder that appears when it is whole."""
+"""Atomic creation of folders."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from lrm_pl.data.manifest import new_folder
 from lrm_pl.errors import InputError
 
 
-def test_it_appears_whole_and_touches_nothing_that_is_there(tmp_path):
+def test_a_folder_is_created_atomically_and_does_not_replace_a_folder(tmp_path):
     precious = tmp_path / "out.partial" / "notes.txt"
     precious.parent.mkdir()
     precious.write_text("precious")
@@ -25,7 +25,7 @@ def test_it_appears_whole_and_touches_nothing_that_is_there(tmp_path):
     assert (tmp_path / "out").stat().st_mode == precious.parent.stat().st_mode, "others may read it"
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_a_failed_creation_leaves_no_folder(tmp_path):
     def fail(folder):
         (folder / "a").write_text("a")
         raise ZeroDivisionError
@@ -48,7 +48,7 @@ with new_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path, root):
+def test_folders_of_killed_processes_are_removed_by_the_next_process(tmp_path, root):
     (tmp_path / ".out.notes").mkdir()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as run:
@@ -66,7 +66,7 @@ def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path, root):
 
 
 @pytest.mark.parametrize("there", ["file", "folder", "link to nothing"])
-def test_what_is_there_is_not_replaced_whenever_it_came(tmp_path, there):
+def test_folders_created_in_the_meantime_are_not_replaced(tmp_path, there):
     def put():
         if there == "folder":
             (tmp_path / "out").mkdir()

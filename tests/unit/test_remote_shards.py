@@ -1,4 +1,4 @@
-"""Shards in a bucket and on a web server, both real and on loopback: read as local ones, through every fault."""
+"""Shards in an object store and on a web server, with real local servers and injected faults."""
 
 import hashlib
 import http.server
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -28,7 +29,7 @@ from tests.builders import spoil_first_poses
 
 pytest_plugins = ["tests.servers.s3_store", "tests.servers.web_server"]
 
-# Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
+# The proxy and botocore leave some sockets open until garbage collection.
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
@@ -36,15 +37,21 @@ pytestmark = [
 ]
 
 
+#: For tests of the cache and of retries, which do not depend on the type of the store.
+each_store_in_soak = pytest.mark.parametrize(
+    "remote", [pytest.param("bucket", marks=pytest.mark.soak), "web"], indirect=True
+)
+
+
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Wait for hundredths of a second where a user would wait for seconds."""
+def short_delays(monkeypatch):
+    """Shorten the delays between attempts."""
     monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
 
 
 @pytest.fixture(params=["bucket", "web"])
 def remote(request, shards):
-    """The six ellipsoids at a URL, and the proxy before it."""
+    """A proxy before a server with six ellipsoids."""
     if request.param == "bucket":
         proxy = request.getfixturevalue("s3")
         fsspec.filesystem("s3").put(f"{shards}/", "bucket/shards/", recursive=True)
@@ -73,7 +80,7 @@ def require_equal(found, expected):
 
 
 @pytest.mark.parametrize("gigabytes", [0.0, 1.0])
-def test_what_is_read_at_a_url_is_what_is_read_locally(remote, shards, tmp_path, gigabytes):
+def test_remote_samples_equal_local_samples(remote, shards, tmp_path, gigabytes):
     cache = CacheConfig(str(tmp_path / "cache"), gigabytes, ahead=2)
     require_equal(items(remote.address, cache), items(shards))
     tars = [path for path, _ in counted(remote) if path.endswith(".tar")]
@@ -83,7 +90,9 @@ def test_what_is_read_at_a_url_is_what_is_read_locally(remote, shards, tmp_path,
             time.sleep(0.05)
         remote.seen.clear()
         require_equal(items(remote.address, cache), items(shards))
-        assert not [path for path, _ in counted(remote) if path.endswith(".tar")], "copies were not used"
+        assert not [path for path, _ in counted(remote) if path.endswith(".tar")], (
+            "cached copies must be used"
+        )
     else:
         assert tars
         assert not (tmp_path / "cache").exists()
@@ -93,8 +102,16 @@ def counted(proxy):
     return [(path, count + 1) for (method, path), count in proxy.seen.items() if method == "GET"]
 
 
-@pytest.mark.parametrize("fault", ["503", "drop", "deaf", "cut", "slow"])
-def test_a_fault_that_passes_changes_nothing(remote, shards, tmp_path, fault):
+@pytest.mark.parametrize(
+    ("remote", "fault"),
+    [
+        pytest.param(store, fault, marks=() if store == "web" or fault == "503" else pytest.mark.soak)
+        for store in ("web", "bucket")
+        for fault in ("503", "drop", "deaf", "cut", "slow")
+    ],
+    indirect=["remote"],
+)
+def test_transient_faults_do_not_change_samples(remote, shards, tmp_path, fault):
     chance = random.Random(0)
     remote.fault = lambda method, path, number: fault if chance.random() < 0.3 else None
     for gigabytes in (0.0, 1.0):  # members alone, then copies of shards
@@ -107,37 +124,40 @@ def test_a_fault_that_passes_changes_nothing(remote, shards, tmp_path, fault):
         assert copy.stem in sums
 
 
-def test_copies_stay_within_their_limit_and_the_least_used_goes_first(remote, shards, tmp_path):
+@each_store_in_soak
+def test_the_cache_evicts_the_least_recently_used_copy(remote, shards, tmp_path):
     first, second, third = read_manifest(shards).shards
     limit = first.bytes + max(second.bytes, third.bytes) + 1000
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
     for shard in (first, second, first, third):
         assert cache.download(shard).read_bytes() == (shards / shard.name).read_bytes()
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
-    assert cache.find(second) is None, "the first was used since"
+    assert cache.find(second) is None
     assert cache.find(first) is not None
     small = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), first.bytes / 2e9))
-    assert small.download(second) is None, "a shard larger than the cache is read by its members"
+    assert small.download(second) is None
 
 
-def test_a_copy_that_a_reader_removes_while_space_is_counted_costs_nothing(remote, shards, tmp_path):
+@each_store_in_soak
+def test_a_copy_that_is_removed_while_the_cache_is_listed_is_ignored(remote, shards, tmp_path, monkeypatch):
     first, second, _ = read_manifest(shards).shards
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
-    files, gone = cache._files, cache.download(first)
+    iterdir, gone = Path.iterdir, cache.download(first)
 
-    def meanwhile():
-        for path in files():
+    def iterdir_during_removal(folder):
+        for path in list(iterdir(folder)):
             gone.unlink(missing_ok=True)
             yield path
 
-    cache._files = meanwhile
+    monkeypatch.setattr(Path, "iterdir", iterdir_during_removal)
     assert cache.download(second).read_bytes() == (shards / second.name).read_bytes()
     assert not gone.exists()
 
 
-def test_processes_share_one_copy_that_was_brought_once(remote, shards, tmp_path):
+@each_store_in_soak
+def test_processes_download_a_shard_once(remote, shards, tmp_path):
     remote.fault = lambda method, path, number: "slow" if path.endswith(".tar") else None
-    processes = [bringing(remote, tmp_path / "cache") for _ in range(3)]
+    processes = [download_all(remote, tmp_path / "cache") for _ in range(3)]
     for process in processes:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said.decode()
@@ -149,7 +169,7 @@ def test_processes_share_one_copy_that_was_brought_once(remote, shards, tmp_path
         assert copy.read_bytes() == (shards / shard.name).read_bytes()
 
 
-def bringing(remote, folder):
+def download_all(remote, folder):
     """Start a process that copies all shards."""
     program = (
         "import sys\nfrom lrm_pl.data.cache import *\nfrom lrm_pl.data.source import ShardSource\n"
@@ -161,9 +181,10 @@ def bringing(remote, folder):
     return subprocess.Popen(command, stderr=subprocess.PIPE)
 
 
-def test_a_transfer_that_was_killed_leaves_nothing_that_is_read_or_counted(remote, shards, tmp_path):
+@each_store_in_soak
+def test_partial_downloads_of_killed_processes_are_removed(remote, shards, tmp_path):
     remote.fault = lambda method, path, number: "slow" if path.endswith(".tar") else None
-    process = bringing(remote, tmp_path / "cache")
+    process = download_all(remote, tmp_path / "cache")
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache").glob("*.partial")):
         assert time.monotonic() < deadline
@@ -173,14 +194,15 @@ def test_a_transfer_that_was_killed_leaves_nothing_that_is_read_or_counted(remot
     process.communicate(timeout=10)
     remote.fault = lambda method, path, number: None
     first, second, _ = read_manifest(shards).shards
-    limit = max(first.bytes, second.bytes) + 100  # no room for what was left behind
+    limit = max(first.bytes, second.bytes) + 100  # smaller than the cache with the partial download
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
     assert cache.find(first) is None
     assert cache.download(second).read_bytes() == (shards / second.name).read_bytes()
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_a_shard_that_is_not_the_manifests_is_never_copied(remote, shards, tmp_path):
+@each_store_in_soak
+def test_a_download_with_a_different_hash_is_rejected(remote, shards, tmp_path):
     shard = read_manifest(shards).shards[0]
     content = bytearray((shards / shard.name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -189,7 +211,7 @@ def test_a_shard_that_is_not_the_manifests_is_never_copied(remote, shards, tmp_p
     with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, but found"):
         cache.download(shard)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock", ""}, (
-        "neither a copy nor a part of one"
+        "the cache must not contain a copy"
     )
     assert cache.find(shard) is None
 
@@ -208,7 +230,7 @@ def put(remote, name, content):
 
 
 @pytest.mark.parametrize("what", ["tar", "index"])
-def test_a_vanished_shard_costs_its_own_samples_and_is_not_asked_for_each_time(remote, shards, what):
+def test_a_missing_shard_loses_only_its_samples_and_is_requested_once(remote, shards, what):
     lost = read_manifest(shards).split("train")[0]
     put(remote, lost.name if what == "tar" else lost.index_name, None)
     found = items(remote.address, CacheConfig(None, 0.0))
@@ -220,12 +242,11 @@ def test_a_vanished_shard_costs_its_own_samples_and_is_not_asked_for_each_time(r
     assert all(name in message for message in faults)
     assert what == "index" or any("'train-ellipsoid-000'" in message for message in faults)
     (count,) = {count for path, count in counted(remote) if path.endswith(name)} or {0}
-    assert count <= 7, (
-        "the members of one sample, or an index, once: else six samples would be waited for in vain"
-    )
+    assert count <= 7, "the members of one sample or one index must be requested once"
 
 
-def test_a_shard_that_is_back_after_a_while_is_read_again(remote, shards, monkeypatch):
+@each_store_in_soak
+def test_an_unreadable_shard_is_retried_after_a_delay(remote, shards, monkeypatch):
     monkeypatch.setattr(source_module, "_RETRY_AFTER_S", 0.3)
     shard = read_manifest(shards).shards[0]
     source = ShardSource(remote.address, CacheConfig(None, 0.0, attempts=1))
@@ -239,13 +260,13 @@ def test_a_shard_that_is_back_after_a_while_is_read_again(remote, shards, monkey
     assert source.read(shard, [(0, 512)]) == [(shards / shard.name).read_bytes()[:512]]
 
 
-def test_no_manifest_at_a_url_is_an_error_that_says_what_to_put_there(remote):
+def test_a_missing_remote_manifest_raises_an_error_with_the_remedy(remote):
     with pytest.raises(ShardError, match=r"found no manifest\.json.*Copy the whole folder"):
         ShardSource(f"{remote.address}/nowhere").manifest()
 
 
-def test_a_web_server_that_ignores_ranges_is_refused(shards):
-    """Python's own, which sends whole files."""
+def test_a_web_server_without_range_requests_raises_an_error(shards):
+    """The server of the standard library sends complete files."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
     handler.log_message = None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -257,13 +278,13 @@ def test_a_web_server_that_ignores_ranges_is_refused(shards):
         server.shutdown()
 
 
-def test_numbers_that_mean_nothing_are_refused():
+def test_invalid_cache_settings_raise_an_error():
     for wrong in ({"gigabytes": -1.0}, {"attempts": 0}, {"ahead": -1}):
         with pytest.raises(InputError, match="of 0 or more"):
             CacheConfig(**wrong)
 
 
-def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path):
+def test_replacement_items_contain_the_error_of_the_bad_sample(shards, tmp_path):
     for path in shards.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     spoil_first_poses(tmp_path / "train-000000.tar")
@@ -274,8 +295,8 @@ def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path
     assert "'train-ellipsoid-000'" in message
 
 
-@pytest.mark.parametrize("remote", [pytest.param("bucket", marks=pytest.mark.soak), "web"], indirect=True)
-def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard(remote, tmp_path):
+@each_store_in_soak
+def test_an_unavailable_store_stops_the_run(remote, tmp_path):
     write_synthetic_shards(tmp_path / "many", train=8, val=1, views=8, resolution=32, shard_size=1)
     for path in (tmp_path / "many").iterdir():
         put(remote, path.name, path.read_bytes())
@@ -284,14 +305,13 @@ def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
 
 
+@each_store_in_soak
 @pytest.mark.parametrize("where", [b"", b"WEBPVP8L"], ids=["everything", "images"])
-def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
-    remote, shards, tmp_path, caplog, where
-):
+def test_a_damaged_copy_is_removed_and_downloaded_again(remote, shards, tmp_path, caplog, where):
     cache = CacheConfig(str(tmp_path / "cache"), 1.0)
     shard = read_manifest(shards).split("train")[0]
     copy = ShardCache(remote.address, cache).download(shard)
-    # As after a power failure: all of its size, and nothing in it.
+    # A file of the full size without content, as after a power failure.
     copy.write_bytes(copy.read_bytes().replace(where, bytes(len(where))) if where else bytes(shard.bytes))
     require_equal(items(remote.address, cache), items(shards))
     assert caplog.text.count("removed a damaged copy") == 1
@@ -300,15 +320,15 @@ def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
 @pytest.mark.parametrize(
     "url", ["https://nowhere.invalid/a.glb", "http://127.0.0.1:9/a.glb", "s3://bucket/a.glb"]
 )
-def test_a_server_that_is_not_reached_is_the_network_s_fault_and_is_asked_again(url, monkeypatch):
+def test_an_unreachable_server_is_retried_and_reported_as_a_network_error(url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    asked = []
+    requests = []
 
-    def ask():
-        asked.append(url)
+    def request():
+        requests.append(url)
         fs, inner = open_store(url)
         with store_errors(url):
             fs.info(inner)
@@ -316,12 +336,12 @@ def test_a_server_that_is_not_reached_is_the_network_s_fault_and_is_asked_again(
     with pytest.raises(
         StoreError, match=r"expected a connection to its server, but found no network or an unknown host: "
     ) as error:
-        retry(ask, 2, 0.01)
-    assert len(asked) == 2
+        retry(request, 2, 0.01)
+    assert len(requests) == 2
     assert "AWS" not in str(error.value)
 
 
-def test_the_hub_that_is_not_reached_is_one_error_and_no_traceback(root):
+def test_an_unreachable_hub_raises_a_single_store_error(root):
     program = (
         "from lrm_pl.data.source import ShardSource; ShardSource('hf://datasets/nobody/none').manifest()"
     )

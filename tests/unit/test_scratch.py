@@ -1,4 +1,4 @@
-"""Folders of temporary files: they go with their process, or with the next one."""
+"""Temporary folders and their removal."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ time.sleep(60)
 """
 
 
-def test_what_a_killed_process_left_goes_when_the_next_one_starts_and_what_is_in_use_stays(tmp_path, root):
+def test_folders_of_killed_processes_are_removed_and_folders_in_use_are_kept(tmp_path, root):
     command = [sys.executable, "-c", MAKE, str(tmp_path)]
     first, second = (subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:

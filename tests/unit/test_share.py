@@ -1,4 +1,4 @@
-"""The global sequence divided among processes, accumulated batches and workers: the same samples whatever the world."""
+"""Division of the global order among processes, accumulated batches and workers."""
 
 import itertools
 
@@ -17,7 +17,7 @@ WORLDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 3), (12, 1), (3, 4)]
 
 
 def positions(world, accumulate, steps, batch_size=12, start=0):
-    """What each optimizer step reads, over all ranks and accumulated batches."""
+    """Positions that each optimizer step reads, over all ranks and accumulated batches."""
     shares = [BatchPartition(batch_size, rank, world, accumulate) for rank in range(world)]
     return [
         sorted(
@@ -31,13 +31,13 @@ def positions(world, accumulate, steps, batch_size=12, start=0):
 
 
 @pytest.mark.parametrize(("world", "accumulate"), WORLDS)
-def test_a_step_reads_the_same_positions_whatever_the_world_and_the_accumulation(world, accumulate):
+def test_positions_of_a_step_do_not_depend_on_world_size_and_accumulation(world, accumulate):
     expected = [list(range(5 + 12 * step, 5 + 12 * (step + 1))) for step in range(7)]
     assert positions(world, accumulate, steps=7, start=5) == expected
 
 
-def test_the_division_by_hand():
-    # 8 objects a step, 2 processes, 2 accumulated batches: runs 0-3 and 4-7, each dealt out in turn.
+def test_positions_equal_hand_computed_values():
+    # 8 objects per step, 2 processes, 2 accumulated batches: each part of 4 positions alternates between processes.
     assert [list(BatchPartition(8, 0, 2, 2).positions(0, batch)) for batch in range(3)] == [
         [0, 2],
         [4, 6],
@@ -51,7 +51,7 @@ def test_the_division_by_hand():
     assert BatchPartition(8, 1, 2, 2).local_batch_size == 2
 
 
-def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can():
+def test_an_indivisible_batch_size_raises_an_error_with_the_nearest_valid_sizes():
     with pytest.raises(
         InputError, match=r"divisible by 8 processes x 2 accumulated .*, but found 24\. Use 16 or 32"
     ):
@@ -95,7 +95,7 @@ def stream(folder, share, steps, position=0):
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 1), (4, 3)])
-def test_every_sample_comes_exactly_once_an_epoch_over_any_ranks_and_workers(
+def test_each_epoch_contains_every_sample_once_for_any_number_of_ranks_and_workers(
     odd, monkeypatch, world, workers
 ):
     ids = []
@@ -109,7 +109,7 @@ def test_every_sample_comes_exactly_once_an_epoch_over_any_ranks_and_workers(
     assert len(set(ids)) == 12
 
 
-def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
+def test_batches_follow_the_global_order_for_any_number_of_ranks(odd):
     order = SampleOrder((5, 5, 2), seed=0, streams=4)
     keys = stream(odd, BatchPartition(4), 1).reader
     expected = [keys.keys(p.shard)[p.index] for p in map(order.locate, range(24))]
@@ -123,7 +123,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(odd, world):
+def test_evaluation_contains_every_sample_once_and_the_same_number_of_items_per_rank(odd, world):
     ranks = [
         list(EvaluationSet(mixture(odd), "val", 1, slice(2, 3), None, rank, world)) for rank in range(world)
     ]
@@ -132,18 +132,18 @@ def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(o
     assert sorted(real) == [f"val-ellipsoid-{i:03d}" for i in range(5)]
 
 
-def test_what_stands_in_for_bad_samples_is_read_once(tmp_path):
+def test_the_replacement_of_bad_samples_is_read_once(tmp_path):
     write_synthetic_shards(tmp_path, train=1, val=4, views=3, resolution=8, shard_size=1)
     for number in range(3):
         spoil_first_poses(tmp_path / f"val-{number:06d}.tar")
     items = EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3))
-    read, reader = [], items.reader.read
-    items.reader.read = lambda place, views: read.append(place.shard) or reader(place, views)
+    read, read_as = [], items.reader.read_as
+    items.reader.read_as = lambda location, *args: read.append(location.shard) or read_as(location, *args)
     assert [float(item.weight) for item in items] == [0, 0, 0, 1]
     assert read == [0, *range(4), 1, 2, 3]
 
 
-def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_another(tmp_path, caplog):
+def test_a_bad_sample_becomes_an_item_of_weight_0(tmp_path, caplog):
     write_synthetic_shards(tmp_path, train=1, val=3, views=3, resolution=8, shard_size=5)
     spoil_first_poses(tmp_path / "val-000000.tar")
     items = list(EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3)))
@@ -155,7 +155,7 @@ def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_anoth
     assert "val-ellipsoid-000" in caplog.text
 
 
-def test_where_not_one_sample_can_be_read_a_rank_ends_with_an_error_and_is_not_waited_for(tmp_path):
+def test_a_split_without_readable_samples_raises_an_error(tmp_path):
     write_synthetic_shards(tmp_path, train=1, val=2, views=3, resolution=8, shard_size=1)
     for number in range(2):
         spoil_first_poses(tmp_path / f"val-{number:06d}.tar")

@@ -33,7 +33,7 @@ def training_of(sample, views, crop, rng, inputs=1, step=0, **options):
 
 
 def position_coded_sample(side=64):
-    """A square facing the camera whose color is its place: u in red, v in green, so pixels tell where they are."""
+    """A square that faces the camera, with the coordinate u in red and v in green."""
     centers = (np.arange(side) + 0.5) / side
     red, green = np.meshgrid(centers, centers)
     rgba = np.stack([red, green, np.zeros_like(red), np.ones_like(red)], -1)
@@ -44,7 +44,7 @@ def position_coded_sample(side=64):
     return Sample(info, np.stack([pose, pose]), np.stack([camera, camera]), (view, view))
 
 
-def test_intrinsics_follow_resize_and_crop_to_a_fraction_of_a_pixel():
+def test_resized_and_cropped_intrinsics_are_exact_to_a_fraction_of_a_pixel():
     sample = position_coded_sample()
     for seed in range(5):
         item = training_of(sample, [0, 1], CropConfig(24, 64, 20), np.random.default_rng(seed))
@@ -58,7 +58,7 @@ def test_intrinsics_follow_resize_and_crop_to_a_fraction_of_a_pixel():
         assert torch.allclose(views.images[:, 1, inside, inside], v[:, inside, inside], atol=0.01)
 
 
-def test_resizing_keeps_pixel_centres_by_hand():
+def test_resizing_keeps_pixel_centers():
     image = torch.tensor([[[0.0, 0.2, 0.4, 0.6]]]).expand(1, 4, 4)
     assert torch.allclose(resize(image, 4), image)
     # Antialiased halving: triangle filter of width 4 about 1.5 and 3.5 pixels; the ramp is linear inside.
@@ -66,7 +66,7 @@ def test_resizing_keeps_pixel_centres_by_hand():
     assert torch.allclose(halved[1:-1], (torch.arange(1, 7) * 2 + 0.5) / 15, atol=1e-5)
 
 
-def test_the_background_shows_only_where_the_object_is_not():
+def test_the_background_is_visible_only_outside_the_object():
     sample = synthetic_sample("a", views=4, resolution=32, seed=0)
     item = training_of(sample, [0, 1, 2], CropConfig(32, 32, 32), np.random.default_rng(0))
     target, background = item.target, item.target.background[:, :, None, None]
@@ -77,7 +77,7 @@ def test_the_background_shows_only_where_the_object_is_not():
     assert torch.equal(item.input.over_white().images, white), "the input view is over white"
 
 
-def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
+def test_the_randomness_of_a_sample_depends_only_on_seed_epoch_and_key():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
 
     def item(seed, epoch, key):
@@ -90,14 +90,14 @@ def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
         assert not torch.equal(same.images, other.images)
 
 
-def test_the_input_view_is_a_target_too_and_canonical():
+def test_the_input_view_is_also_a_target_and_has_the_canonical_pose():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
     item = training_of(sample, [5, 2, 3], CropConfig(32, 32, 32), np.random.default_rng(0))
     assert torch.equal(item.input.c2w[0], item.target.c2w[0])
     assert torch.allclose(item.input.c2w[0, :3, 3], torch.tensor([0.0, -2.6, 0.0]), atol=1e-5)
 
 
-def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
+def test_unseen_views_are_used_only_in_validation(shards):
     stream = TrainingStream(mixture(shards), BatchPartition(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
     used = {view for g in range(80) for view in stream.read((stream.order.locate(g), 0))["__views__"]}
     assert used == {0, 1, 2, 3, 4}
@@ -106,7 +106,7 @@ def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(s
     assert next(iter(items)).target.rgba.shape == (3, 32, 32, 4)
 
 
-def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
+def test_a_limited_evaluation_set_is_evenly_distributed_over_the_split(shards):
     everything = [item.ids for item in EvaluationSet(mixture(shards), "train", 1, slice(7, 8))]
     for limit, expected in ((2, everything[::2]), (9, everything), (None, everything)):
         limited = EvaluationSet(mixture(shards), "train", 1, slice(7, 8), limit)
@@ -114,7 +114,7 @@ def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
         assert len(limited) == len(expected)
 
 
-def test_workers_do_not_change_the_order(shards, monkeypatch):
+def test_the_order_does_not_depend_on_the_number_of_workers(shards, monkeypatch):
     def ids(worker, workers, position=0, batches=12):
         class Info:
             id, num_workers = worker, workers
@@ -145,25 +145,25 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
     assert ids(0, 0, position=14, batches=5) == alone[7:], "a resumed stream goes on where it was"
 
 
-def test_items_of_different_sizes_are_refused_with_both_sizes():
+def test_collate_rejects_items_of_different_sizes():
     small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 1, [1]) for side in (16, 32))
     with pytest.raises(ValueError, match=r"one shape in a batch, but found .*16, 16.*32, 32"):
         collate([small, large])
 
 
-def test_too_few_views_are_refused():
+def test_choose_views_rejects_objects_with_too_few_views():
     with pytest.raises(SampleError, match="at least 4 training views, but found 3"):
         choose_views(np.random.default_rng(0), 3, 4)
 
 
-def test_the_input_pool_bounds_which_views_are_inputs_but_not_which_are_targets():
+def test_the_input_pool_limits_input_views_but_not_target_views():
     drawn = [choose_views(np.random.default_rng(seed), 12, 4, input_pool=2) for seed in range(200)]
     assert {views[0] for views in drawn} == {0, 1}
     assert {view for views in drawn for view in views[1:]} == set(range(12))
     assert all(len(set(views)) == 4 for views in drawn)
 
 
-def test_windows_on_the_foreground_show_the_object_and_others_often_do_not():
+def test_foreground_windows_contain_the_object():
     sample = synthetic_sample("a", views=4, resolution=96, seed=0)
 
     def covered(foreground):
@@ -175,7 +175,7 @@ def test_windows_on_the_foreground_show_the_object_and_others_often_do_not():
     assert covered(0.0) < 0.8 < covered(0.8) < 1.0
 
 
-def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed(shards):
+def test_crop_stages_begin_at_the_configured_step_after_any_resume(shards):
     stages = (CropStage(3, CropConfig(16, 24, 16)), CropStage(5, CropConfig(32, 32, 32)))
     augmentation = Augmentation(CropConfig(8, 8, 8), stages)
 
@@ -202,7 +202,7 @@ def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed
         Augmentation(CropConfig(8, 8, 8), stages[::-1])
 
 
-def test_camera_noise_moves_what_the_network_is_told_and_no_true_camera():
+def test_camera_noise_changes_only_the_input_cameras():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
 
     def item(noise):
@@ -223,7 +223,7 @@ def test_camera_noise_moves_what_the_network_is_told_and_no_true_camera():
     assert 0 < camera.max() <= 0.02
 
 
-def test_several_input_views_go_in_whole_and_are_targets_too():
+def test_all_input_views_are_full_size_inputs_and_cropped_targets():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
     item = training_of(sample, [5, 2, 3, 1], CropConfig(16, 32, 16), np.random.default_rng(0), inputs=2)
     assert item.input.rgba.shape == (2, 32, 32, 4)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lrm_pl.errors import InputError
+from lrm_pl.paths import cache_folder
 from lrm_pl.weights import pypi_mirror
 from lrm_pl.weights import resolve as weights
 from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile
@@ -222,14 +224,11 @@ def test_the_error_for_an_unwritable_cache_names_the_environment_variable(tmp_pa
 
 
 def test_the_error_without_a_home_folder_names_the_environment_variable(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr("pathlib.Path.home", no_home)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
     for name in ("LRM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(WeightsError, match=r"expected a home folder .*, but found none. Set .*LRM_CACHE="):
-        weights.cache_folder()
+    with pytest.raises(InputError, match=r"expected a home folder .*, but found none. Set .*LRM_CACHE="):
+        cache_folder()
 
 
 def test_files_of_a_killed_download_are_removed_by_the_next_download(table, cache):

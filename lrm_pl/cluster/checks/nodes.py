@@ -19,8 +19,8 @@ from lrm_pl.cluster.checks import folders, inputs, machine
 from lrm_pl.cluster.checks.findings import Finding, merge_findings
 from lrm_pl.cluster.checks.requirements import RunRequirements, read_requirements
 from lrm_pl.errors import InputError
+from lrm_pl.paths import cache_folder
 from lrm_pl.training.processes import is_srun_task
-from lrm_pl.weights.resolve import cache_folder
 
 #: Time limit of the rendezvous in seconds.
 RENDEZVOUS_SECONDS = 120.0
