@@ -185,7 +185,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], selected: Sequence[int
             images[index] = members[name]
         for index in range(info.views) if selected is None else selected:
             if index not in images:
-                raise SampleError(expected=f"{info.views} views", found=f"no {view_member(index)}")
+                raise SampleError(f"{info.views} views, each once", f"no {view_member(index)}")
         c2w = decode_array(key, "c2w.npy", members["c2w.npy"], (info.views, 4, 4))
         if (error := rigid_error(c2w)) > RIGID_TOLERANCE:
             raise SampleError(

@@ -145,7 +145,7 @@ def test_a_camera_that_is_not_rigid_is_refused(fault):
 
 def test_differing_numbers_of_views_are_refused():
     sample = make_sample()
-    with pytest.raises(SampleError, match=r"expected 3 views, but found no view_002\.webp"):
+    with pytest.raises(SampleError, match=r"expected 3 views, each once, but found no view_002\.webp"):
         encode_sample(dataclasses.replace(sample, views=sample.views[:2]))
     with pytest.raises(SampleError, match=r"expected c2w.npy of shape \(3, 4, 4\)"):
         encode_sample(dataclasses.replace(sample, c2w=sample.c2w[:2]))

@@ -145,7 +145,7 @@ def _no_view(members, sample):
         (_empty, "expected an object in every view, but found 8 empty views, for example view 0"),
         (_two_sizes, "expected views of one size, but found 16 x 16, 32 x 32"),
         (_opaque, "expected a transparent background, but found 8 views without a transparent pixel"),
-        (_both_formats, "each once, but found view_005.webp and view_005.png"),
+        (_both_formats, "each once, but found also view_005.webp"),
         (_other_surface, "expected points of surface.npy that cover the object"),
         (_broken_measures, "expected finite measures"),
         (_another_size, "expected views of (32, 32) pixels like most objects, but found (16, 16)"),
