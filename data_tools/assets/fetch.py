@@ -104,7 +104,7 @@ def add_parser(commands: _Parsers) -> None:
     add = parsers["folder"].add_argument
     add("--assets", type=user_path, required=True, help="folder of meshes, searched recursively")
     add("--out", type=user_path, help="folder to copy the meshes to first (default: list them in place)")
-    add("--up", choices=("y", "z"), default="", help="default up axis of OBJ and PLY files (default: y)")
+    add("--up", choices=("y", "z"), default="", help="up axis if assets.csv does not define one (default: y)")
 
 
 def _positive(text: str) -> int:

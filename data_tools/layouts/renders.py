@@ -115,7 +115,9 @@ def _read_zero123(_: Path, files: Sequence[Path]) -> tuple[_Array, _Array, float
 def _read_instantmesh(folder: Path, files: Sequence[Path]) -> tuple[_Array, _Array, float]:
     path, count = folder / "cameras.npz", len(files)
     if int(files[-1].stem) != count - 1:
-        raise LayoutError(subject=folder, expected=f"images 0 to {count - 1}", found=files[-1].name)
+        raise LayoutError(
+            subject=folder, expected=f"images with the numbers 0 to {count - 1}", found=files[-1].name
+        )
     poses = to_4x4(read_npz(path, "cam_poses"), (count,), path)
     focal = focal_from_fov(np.array(INSTANTMESH_FOV_DEG))
     return to_opencv_poses(poses, path), np.array([focal, focal, 0.5, 0.5]), 1.0

@@ -19,7 +19,7 @@ STAND_IN_COMMAND = (sys.executable, str(STAND_IN_WORKER))
 
 @pytest.fixture
 def video(tmp_path):
-    """The folder of one object, and what it was made of."""
+    """Return the folder of an MVImgNet object, and the sample from which it was created."""
     sample = synthetic_sample("a", FRAMES, SIDE, 0)
     write_video(tmp_path / "in" / "7" / "1a2b", sample, tmp_path / "in" / "7" / "1a2b" / "masks")
     return tmp_path / "in" / "7" / "1a2b", sample
@@ -27,7 +27,7 @@ def video(tmp_path):
 
 @pytest.fixture(params=sorted(WRITERS))
 def layout(request, monkeypatch):
-    """A layout, and ellipsoids seen by the lens that it has."""
+    """Return the name of a layout. The cameras of synthetic samples have the field of view of the layout."""
     if request.param == "zero123":  # lens 35 mm, sensor 32 mm
         monkeypatch.setattr("lrm_pl.data.synthetic.FOV_DEG", 2 * np.degrees(np.arctan(16 / 35)))
     return request.param

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 
 from data_tools.layouts.registry import get_layout
 from data_tools.shards.convert import convert
@@ -15,7 +16,7 @@ from lrm_pl.data.synthetic import synthetic_sample
 VIEWS = 6
 
 
-#: Blender's camera (x right, y up, z backward) against OpenCV's (x right, y down, z forward).
+#: Conversion between OpenGL axes (x right, y up, z backward) and OpenCV axes (x right, y down, z forward).
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
@@ -46,7 +47,7 @@ def write_openlrm(folder, sample):
 def write_zero123(folder, sample):
     write_images(folder, sample)
     for number, w2c in enumerate(opengl_w2c(sample)):
-        w2c[:3, 3] /= 2  # the object's longest side is 1 there
+        w2c[:3, 3] /= 2  # the longest side of the object is 1
         np.save(folder / f"{number:03d}.npy", w2c[:3])
 
 
@@ -56,6 +57,13 @@ def write_instantmesh(folder, sample, poses=None):
     (folder / "000_depth.png").write_bytes(sample.views[0])
     np.savez(folder / "cameras.npz", cam_poses=opengl_w2c(sample)[:, :3] if poses is None else poses)
 
+
+#: Parametrization of tests of code that all layouts share.
+ONE_LAYOUT = pytest.mark.parametrize(
+    "layout",
+    ["zero123", *(pytest.param(name, marks=pytest.mark.soak) for name in ("openlrm", "instantmesh"))],
+    indirect=True,
+)
 
 WRITERS = {"openlrm": write_openlrm, "zero123": write_zero123, "instantmesh": write_instantmesh}
 
@@ -83,7 +91,7 @@ def an_image(folder, layout):
 
 
 def png_chunk(content, kind, data):
-    """Put a chunk before a PNG's first data."""
+    """Insert a chunk before the first data chunk of a PNG file."""
     at = content.index(b"IDAT") - 4
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return content[:at] + chunk + content[at:]

@@ -15,7 +15,7 @@ from lrm_pl.data.schema import decode_image, decode_sample
 FRAMES, SIDE = 10, 128
 
 
-#: A world of COLMAP's: turned (x -> y -> z -> x, then by 0.6 / 0.8 about z), 7 times as large, elsewhere.
+#: Rotation, scale and translation of the world in COLMAP. The axes are permuted and rotated around z.
 TURN = np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]]) @ np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
 
 
@@ -26,7 +26,7 @@ SIMPLE_PINHOLE, PINHOLE, SIMPLE_RADIAL, RADIAL, OPENCV, FISHEYE = range(6)
 
 
 def quaternion(rotation):
-    """(w, x, y, z) of a rotation: the eigenvector of Bar-Itzhack's matrix, whichever its angle."""
+    """Return the quaternion (w, x, y, z) of a rotation, which is an eigenvector of the matrix of Bar-Itzhack."""
     (a, b, c), (d, e, f), (g, h, i) = rotation
     k = np.array([
         [a + e + i, h - f, c - g, d - b],
@@ -38,12 +38,12 @@ def quaternion(rotation):
 
 
 def write_model(folder, poses, parameters, model=PINHOLE):
-    """Write a COLMAP model by hand: w2c poses, with some points in each image."""
+    """Write a COLMAP model with world-to-camera poses and some points in each image."""
     folder.mkdir(parents=True)
     camera = struct.pack(f"<QIiQQ{len(parameters)}d", 1, 5, model, SIDE, SIDE, *parameters)
     (folder / "cameras.bin").write_bytes(camera)
     images = struct.pack("<Q", len(poses))
-    for number in reversed(range(len(poses))):  # in no order
+    for number in reversed(range(len(poses))):  # not sorted by name
         images += struct.pack(
             "<I7dI", number + 1, *quaternion(poses[number][:3, :3]), *poses[number][:3, 3], 5
         )
@@ -53,7 +53,7 @@ def write_model(folder, poses, parameters, model=PINHOLE):
 
 
 def write_video(folder, sample, masks, parameters=None, model=PINHOLE):
-    """Write a sample as a video: JPEG images over a background, masks, poses in COLMAP's world."""
+    """Write a sample as a video with JPEG images over a background, masks and a COLMAP model."""
     poses = []
     for c2w in sample.c2w.astype(np.float64):
         rotation, place = TURN @ c2w[:3, :3], SCALE * TURN @ c2w[:3, 3] + OFFSET
@@ -78,7 +78,7 @@ def converted(root, out, views=FRAMES, resolution=64, masks=None):
 
 
 def reason(folder, out, views=FRAMES):
-    """Convert a folder with one bad object, and return why it is left out."""
+    """Convert a folder with one invalid object, and return the reason."""
     root = folder.parents[1]
     with pytest.raises(ValueError, match="none among 1 that can be used"):
         converted(root, out, views)

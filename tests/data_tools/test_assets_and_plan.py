@@ -5,12 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools.assets.asset_list import (
-    LIST_SCHEMA,
-    Asset,
-    AssetsError,
-    write_list,
-)
+from data_tools.assets.asset_list import LIST_SCHEMA, Asset, AssetsError, write_list
 from data_tools.assets.demo_library import OBJECTS
 from data_tools.assets.folder import fetch_folder
 from data_tools.assets.scan import TABLE_COLUMNS, assign_ids, find_assets, read_table, scan_folder
@@ -44,7 +39,7 @@ def test_ids_are_unique_for_similar_file_names():
     assert sorted(named.values()) == sorted(files)
     assert all(KEY_PATTERN.fullmatch(key) for key in named)
     assert {"chair_obj", "chair_ply", "one_obj"} <= named.keys()
-    assert assign_ids(reversed(files)) == named, "whatever order they are found in"
+    assert assign_ids(reversed(files)) == named
 
 
 def test_assets_in_subfolders_are_sorted_by_id(tmp_path):
@@ -70,7 +65,7 @@ def test_assets_csv_provides_metadata_and_is_validated(tmp_path):
     assert (found.name, found.creator, found.source, found.license) == ("Chair", "Ann", "library", "CC0-1.0")
     assert found.sha256 == ""
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
-    assert find_assets(tmp_path)[0].sha256 == "0" * 64  # whoever renders it compares
+    assert find_assets(tmp_path)[0].sha256 == "0" * 64
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,ABC\n")
     with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, but found 'ABC'"):
         find_assets(tmp_path)
@@ -99,7 +94,7 @@ def test_the_objects_with_the_smallest_hashes_are_held_out():
     # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
     assert held_out_ids(["a", "b", "c", "d"], 2) == {"c", "d"}
     assert [default_held_out([""] * n) for n in (1, 5, 6, 47, 48, 1000)] == [0, 0, 1, 7, 8, 8]
-    assert default_held_out(["train", "val"] * 50) == 0  # the list has chosen
+    assert default_held_out(["train", "val"] * 50) == 0  # the list defines the splits
 
 
 def test_shards_contain_consecutive_ids_of_a_split():
@@ -257,7 +252,7 @@ def test_a_folder_is_copied_without_circular_links_dangling_links_and_unrelated_
 
 def test_listing_a_folder_does_not_open_the_meshes(tmp_path):
     (tmp_path / "a.glb").touch()
-    os.truncate(tmp_path / "a.glb", 1 << 40)  # it takes no room, but to hash it would take an hour
+    os.truncate(tmp_path / "a.glb", 1 << 40)  # a sparse file; hashing it would take an hour
     assert [(asset.id, asset.sha256) for asset in scan_folder(tmp_path)] == [("a", "")]
 
 

@@ -1,4 +1,4 @@
-"""Conversion of other projects' layouts to shards: cameras and images are preserved."""
+"""Conversion of the layouts of other projects to shards."""
 
 import io
 import struct
@@ -13,6 +13,7 @@ from lrm_pl.data.manifest import read_manifest
 from lrm_pl.data.schema import decode_image
 from lrm_pl.errors import InputError
 from tests.data_tools.layout_folders import (
+    ONE_LAYOUT,
     VIEWS,
     WRITERS,
     an_image,
@@ -26,14 +27,14 @@ from tests.data_tools.layout_folders import (
 def test_conversion_preserves_cameras_and_images(layout, tmp_path):
     went_in = {key: ellipsoid(key) for key in ("a", "b", "c")}
     for key, sample in went_in.items():
-        WRITERS[layout](tmp_path / "in" / "000-023" / key, sample)  # folders of folders are searched
+        WRITERS[layout](tmp_path / "in" / "000-023" / key, sample)
     came_out = converted(layout, tmp_path / "in", tmp_path / "out", held_out=1, shard_size=1)
     assert set(came_out) == {"000-023_a", "000-023_b", "000-023_c"}
     for key, sample in went_in.items():
         found = came_out[f"000-023_{key}"]
         np.testing.assert_allclose(found.c2w, sample.c2w, atol=2e-6)
         np.testing.assert_allclose(found.fxfycxcy, sample.fxfycxcy, atol=1e-6)
-        assert found.views == sample.views, "to the byte"
+        assert found.views == sample.views
         assert (found.info.name, found.info.license, found.info.source) == (key, "unknown", f"000-023/{key}")
         assert found.info.renderer == f"converted from {layout}"
     manifest = read_manifest(tmp_path / "out")
@@ -44,6 +45,7 @@ def test_conversion_preserves_cameras_and_images(layout, tmp_path):
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 
+@ONE_LAYOUT
 def test_subfolders_of_an_object_are_not_searched(layout, tmp_path):
     for folder in (tmp_path / "in" / "a", tmp_path / "in" / "a" / "before"):
         WRITERS[layout](folder, ellipsoid("a"))
@@ -62,6 +64,7 @@ def test_an_object_without_its_first_view_is_reported(layout, tmp_path):
     )
 
 
+@ONE_LAYOUT
 def test_resizing_changes_images_and_preserves_cameras(layout, tmp_path):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]
@@ -70,6 +73,7 @@ def test_resizing_changes_images_and_preserves_cameras(layout, tmp_path):
     assert validate(tmp_path / "out") == 0
 
 
+@ONE_LAYOUT
 def test_linked_folders_are_found_once_and_dangling_links_are_reported(layout, tmp_path):
     root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     WRITERS[layout](root / "a", ellipsoid("a"))
@@ -101,6 +105,7 @@ def as_key_color(rgba):
     return image
 
 
+@ONE_LAYOUT
 @pytest.mark.parametrize("stored", [as_palette, as_gray, as_key_color])
 def test_optimized_png_files_are_converted_to_rgba(layout, tmp_path, stored):
     sample = ellipsoid("a")
@@ -129,7 +134,7 @@ def test_views_are_converted_to_srgb_and_srgb_views_are_unchanged():
     for content in same:
         assert to_rgba_view(content, "a.png") is content
     linear = to_rgba_view(png_chunk(plain, b"gAMA", struct.pack(">I", 100_000)), "a.png")
-    # 55 / 255 of light is 128 of 255 in sRGB, 188 is 223; alpha has no curve.
+    # 55 / 255 of light is 128 of 255 in sRGB, 188 is 223; alpha is linear.
     assert decode_image("a", linear).tolist() == [[[128, 128, 128, 255], [223, 0, 255, 77]]]
     with pytest.raises(InputError, match=r"a\.png: expected .*found PQ, which is HDR"):
         to_rgba_view(png_chunk(plain, b"cICP", bytes((9, 16, 0, 1))), "a.png")

@@ -1,4 +1,4 @@
-"""Conversion of MVImgNet's videos to shards: crops, cameras up to a similarity, untrusted COLMAP files."""
+"""Conversion of MVImgNet videos to shards."""
 
 import dataclasses
 import hashlib
@@ -62,10 +62,10 @@ def test_cameras_are_preserved_up_to_a_similarity_transform(video, tmp_path):
     scale, rotation, offset = similarity(before, c2w)
     np.testing.assert_allclose(c2w[:, :3, 3], scale * before[:, :3, 3] @ rotation.T + offset, atol=1e-5)
     np.testing.assert_allclose(c2w[:, :3, :3], rotation @ before[:, :3, :3], atol=1e-5)
-    np.testing.assert_allclose(rotation[2], [0, 0, 1], atol=1e-5, err_msg="up is up again")
-    np.testing.assert_allclose(offset, 0, atol=0.02, err_msg="the ellipsoid's middle is the origin")
+    np.testing.assert_allclose(rotation[2], [0, 0, 1], atol=1e-5, err_msg="the up axis is +z")
+    np.testing.assert_allclose(offset, 0, atol=0.02, err_msg="the center of the ellipsoid is the origin")
     right, forward = c2w[0, :3, 0], c2w[0, :3, 2]
-    np.testing.assert_allclose(right, [1, 0, 0], atol=1e-5, err_msg="the first camera stands on -y")
+    np.testing.assert_allclose(right, [1, 0, 0], atol=1e-5, err_msg="the first camera is on the side -y")
     assert forward[1] > 0
     points = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
     for view in range(FRAMES):
@@ -73,16 +73,13 @@ def test_cameras_are_preserved_up_to_a_similarity_transform(video, tmp_path):
             box(decode_image("a", views[view])[..., 3]) for views in (sample.views, found.views)
         )
         expected = projected(points, before[view], sample.fxfycxcy[view]) * SIDE
-        expected = new_low + (expected - low) * (new_high - new_low) / (high - low)  # where the mask went
+        expected = new_low + (expected - low) * (new_high - new_low) / (high - low)  # relative to the mask
         again = projected(scale * points @ rotation.T + offset, c2w[view], found.fxfycxcy[view]) * 64
         assert np.abs(again - expected).max() < 1
     assert validate(tmp_path / "out") == 0
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest.views, manifest.render["normalize"], manifest.render["resolution"]) == (
-        FRAMES,
-        "sphere",
-        64,
-    )
+    settings = manifest.render
+    assert (manifest.views, settings["normalize"], settings["resolution"]) == (FRAMES, "sphere", 64)
 
 
 def test_the_object_is_scaled_to_the_unit_sphere(video, tmp_path):
@@ -90,7 +87,7 @@ def test_the_object_is_scaled_to_the_unit_sphere(video, tmp_path):
     found = converted(folder.parents[1], tmp_path / "out")["7_1a2b"]
     scale, _, _ = similarity(sample.c2w.astype(np.float64), found.c2w.astype(np.float64))
     seed = int.from_bytes(hashlib.sha256(b"0/a").digest()[:8], "little")
-    longest = np.random.default_rng(seed).uniform(0.4, 0.95, 3).max()  # the ellipsoid's first three numbers
+    longest = np.random.default_rng(seed).uniform(0.4, 0.95, 3).max()  # the semi-axes of the ellipsoid
     assert 0.95 < scale * longest < 1.05
     ratio = np.linalg.norm(found.c2w[:, :3, 3], axis=1) / (scale * longest)
     np.testing.assert_allclose(ratio, 2.6 / longest, rtol=0.02)
@@ -115,7 +112,7 @@ def test_the_up_axis_is_accurate_for_cameras_with_random_roll():
     for c2w in synthetic_sample("a", 24, 8, 0).c2w.astype(np.float64):
         roll = np.radians(rng.normal(0, 3))
         c2w[:3, :2] = c2w[:3, :2] @ [[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]]
-        c2w[:3, 3] = 10 * c2w[:3, 3] + middle  # a sphere of radius 4, a long way off
+        c2w[:3, 3] = 10 * c2w[:3, 3] + middle  # a sphere of radius 4 far from the origin
         toward = middle - c2w[:3, 3]
         distance = np.linalg.norm(toward)
         rays = toward + np.stack([c2w[:3, 0], -c2w[:3, 1]]) * distance * np.tan(np.arcsin(4 / distance))
@@ -138,29 +135,19 @@ def test_views_are_square_crops_around_the_mask_without_background(video, tmp_pa
         rgba = decode_image("a", view)
         assert rgba.shape == (96, 96, 4)
         low, high = box(rgba[..., 3])
-        assert (high - low).max() == pytest.approx(96 / 1.2, abs=2), "a tenth on each side"
+        assert (high - low).max() == pytest.approx(96 / 1.2, abs=2), "a margin of 10 % per side"
         assert np.abs((low + high) / 2 - 48).max() <= 1.5
         inside = rgba[rgba[..., 3] > 32].astype(int)
-        assert inside[:, 1].max() < 250, "no green at the rim"
+        assert inside[:, 1].max() < 250, "no green background at the edge"
     assert np.isclose(found.fxfycxcy[:, 0], found.fxfycxcy[:, 1]).all()
 
 
 def test_masks_are_read_from_a_separate_folder_and_views_are_evenly_spaced(tmp_path, capsys):
     for key in ("a", "b"):
-        write_video(
-            tmp_path / "in" / "7" / key,
-            synthetic_sample(key, FRAMES, SIDE, 0),
-            tmp_path / "masks" / "7" / key,
-        )
-    arguments = [
-        "convert",
-        "--from",
-        "mvimgnet",
-        "--folder",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+        sample = synthetic_sample(key, FRAMES, SIDE, 0)
+        write_video(tmp_path / "in" / "7" / key, sample, tmp_path / "masks" / "7" / key)
+    folders = ["--folder", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    arguments = ["convert", "--from", "mvimgnet", *folders]
     assert main([*arguments, "--masks", str(tmp_path / "masks"), "--views", "5", "--res", "32"]) == 0
     assert "2 objects in 1 shard, 0 skipped" in capsys.readouterr().out
     all_views = converted(tmp_path / "in", tmp_path / "all", resolution=32, masks=tmp_path / "masks")["7_a"]
@@ -174,7 +161,7 @@ def test_frames_are_converted_to_srgb_without_rotation_and_masks_may_have_16_bit
     folder, _ = video
     (before,) = converted(tmp_path / "in", tmp_path / "plain").values()
     exif = Image.Exif()
-    exif[0x0112] = 6  # COLMAP does not turn images
+    exif[0x0112] = 6  # COLMAP ignores the EXIF orientation
     for path in sorted((folder / "masks").iterdir()):
         soft = np.where(np.asarray(Image.open(path)) > 127, 65535, 20000).astype(np.uint16)
         Image.fromarray(soft).save(path)

@@ -1,4 +1,4 @@
-"""Downloads from a local web server behind a proxy that breaks requests."""
+"""Downloads from a local web server behind a proxy with failing requests."""
 
 import contextlib
 import hashlib

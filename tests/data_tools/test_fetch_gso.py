@@ -1,4 +1,4 @@
-"""Google Scanned Objects as served by Gazebo Fuel: pages of records, and one zip per model."""
+"""Download of Google Scanned Objects from a local server with the API of Gazebo Fuel."""
 
 import http.server
 import io

@@ -1,4 +1,4 @@
-"""A small copy of Objaverse's published layout on a local server."""
+"""Download of Objaverse from a local server with the layout of the data set."""
 
 import gzip
 import hashlib

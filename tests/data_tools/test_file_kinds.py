@@ -1,4 +1,4 @@
-"""Files that importers would silently misread are rejected."""
+"""Rejection of files that importers would misread without an error."""
 
 import time
 
@@ -43,7 +43,7 @@ def test_a_file_that_importers_would_misread_is_rejected(tmp_path, name, content
 
 def test_an_mtl_file_in_utf_16_is_rejected(tmp_path):
     path = write(tmp_path, "a.obj", "mtllib a.mtl\n" + OBJ)
-    check_mesh_file(path)  # a library that is not there is counted elsewhere
+    check_mesh_file(path)  # a missing MTL file is not an error here
     write(tmp_path, "a.mtl", "newmtl a\nKd 1 0 0\n".encode("utf-16"))
     with pytest.raises(FileTypeError, match=r"a\.mtl: expected UTF-8 text"):
         check_mesh_file(path)
@@ -64,7 +64,7 @@ def test_a_valid_file_is_accepted(tmp_path, name, content):
 
 
 def test_a_large_file_is_checked_within_seconds(tmp_path):
-    path = write(tmp_path, "a.obj", "v 0.123456 0.123456 0.123456\n" * 1_000_000)
+    path = write(tmp_path, "a.obj", "v 0.123456 0.123456 0.123456\n" * 200_000)
     start = time.perf_counter()
     check_mesh_file(path)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 1

@@ -1,4 +1,4 @@
-"""What a conversion of other layouts refuses: damaged arrays and images, unknown conventions."""
+"""Rejection of invalid objects in the layouts of other projects."""
 
 import io
 import re
@@ -21,6 +21,7 @@ from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
 from tests.data_tools.layout_folders import (
     FLIP,
+    ONE_LAYOUT,
     VIEWS,
     WRITERS,
     an_image,
@@ -41,7 +42,7 @@ def a_pose(folder, layout):
 
 
 def bad_objects(root, layout):
-    """Write one object for each thing that can be wrong; yields its name and what must be said of it."""
+    """Write one object for each type of error, and yield its name and a pattern of the reason."""
     for name, said in (
         ("missing-pose", "expected a file .*, but found none"),
         ("pickle", "without pickling|expected a NumPy array"),
@@ -99,7 +100,7 @@ def bad_objects(root, layout):
 
 
 def png_of_declared_size(width, height):
-    """A PNG of a hundred bytes that says it is large."""
+    """Return a small PNG file with a large size in the header."""
     image = io.BytesIO()
     Image.new("RGBA", (1, 1)).save(image, format="PNG")
     content = bytearray(image.getvalue())
@@ -108,6 +109,7 @@ def png_of_declared_size(width, height):
     return bytes(content)
 
 
+@ONE_LAYOUT
 def test_two_images_with_the_same_number_are_rejected(layout, tmp_path):
     for key in ("a", "both", "short"):
         WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
@@ -121,24 +123,21 @@ def test_two_images_with_the_same_number_are_rejected(layout, tmp_path):
     assert "expected one image per number, but found 003.png and 3.png. Remove one" in found["short"]
 
 
+@ONE_LAYOUT
 def test_a_folder_that_cannot_be_listed_is_an_error(layout, tmp_path):
     with pytest.raises(LayoutError, match=r"expected readable folders, but found .*No such file"):
         converted(layout, tmp_path / "nowhere", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "layout", ["openlrm", "instantmesh", pytest.param("zero123", marks=pytest.mark.soak)], indirect=True
+)
 def test_invalid_objects_are_reported_and_the_others_converted(layout, tmp_path, capsys):
     expected = dict(bad_objects(tmp_path / "in", layout))
-    for key in ("a", "b"):  # in one shard with some of the bad ones
+    for key in ("a", "b"):
         WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
-    arguments = [
-        "convert",
-        "--from",
-        layout,
-        "--folder",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    folders = ["--folder", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    arguments = ["convert", "--from", layout, *folders]
     assert main([*arguments, "--held-out", "0"]) == 0
     said = capsys.readouterr().out
     assert f"2 objects in 1 shard, {len(expected)} skipped\nwhy " in said
@@ -151,18 +150,12 @@ def test_invalid_objects_are_reported_and_the_others_converted(layout, tmp_path,
     assert validate(tmp_path / "out") == 0
 
 
+@ONE_LAYOUT
 def test_a_conversion_without_usable_objects_writes_only_the_reasons(layout, tmp_path, capsys):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     a_pose(tmp_path / "in" / "a", layout).unlink()
-    arguments = [
-        "convert",
-        "--from",
-        layout,
-        "--folder",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    folders = ["--folder", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    arguments = ["convert", "--from", layout, *folders]
     assert main(arguments) == 1
     assert re.search(
         r"found none among 1 that can be used\. .*failures.jsonl.*expected a file", capsys.readouterr().err
