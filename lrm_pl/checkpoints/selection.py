@@ -110,7 +110,7 @@ def _require_checkpoint_folder(path: Path) -> None:
     }
     for state, holds in states.items():
         if holds:
-            expected = f"a checkpoint or the folder of a run at {path}"
+            expected = f"a checkpoint or a run at {path}"
             raise CheckpointError(expected=expected, found=state, remedy=_REMEDIES[state])
 
 
