@@ -29,12 +29,15 @@ from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.storage import is_local
-from lrm_pl.weights.key_map import describe_mismatch
+from lrm_pl.weights.key_map import SAME_KEYS, ConversionError, KeyMapper
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
 FRAMING_NAME = "input.yaml"
 CARD_NAME = "README.md"
+
+#: Maximum number of lines of an error message about mismatched weights.
+_MAX_LINES = 7
 
 
 def write_model_folder(
@@ -193,11 +196,14 @@ def load_weights(network: LRM, folder: Path) -> None:
             found=f"a damaged file ({error})",
             remedy="download or export it again",
         ) from error
-    if mismatch := describe_mismatch(weights, network):
+    keys = KeyMapper(str(path), weights)
+    try:
+        keys.map(network, SAME_KEYS)
+    except ConversionError as error:
         raise InputError(
             subject=path,
             expected="the weights of this network",
-            found=mismatch,
+            found="\n".join(str(error.found).splitlines()[:_MAX_LINES]),
             remedy=f"use the config of these weights: -c {folder / CONFIG_NAME}",
-        )
-    network.load_state_dict(weights, strict=True)
+        ) from error
+    network.load_state_dict(keys.weights, strict=True)

@@ -77,35 +77,6 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
     return content
 
 
-def describe_mismatch(weights: Mapping[Any, Any], module: nn.Module) -> str:
-    """Describe the missing, unexpected, misshapen and non-finite tensors of a state dict.
-
-    Args:
-        weights: State dict to check. The dtype may differ from the dtype of the module.
-        module: Module that the state dict must match.
-
-    Returns:
-        Number of differences and the first six of them, or an empty string if the state dict matches the module.
-    """
-    expected = module.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in expected]
-    for name in (name for name in expected if name in weights):
-        value, shape = weights[name], tuple(expected[name].shape)
-        if not isinstance(value, Tensor):
-            problems.append(f"{name} is {type(value).__name__} instead of a tensor")
-        elif value.is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} has dtype {value.dtype} instead of {expected[name].dtype}")
-        elif tuple(value.shape) != shape:
-            problems.append(f"{name} has shape {tuple(value.shape)} instead of {shape}")
-        elif not torch.isfinite(value).all():
-            problems.append(f"{name} has non-finite values")
-    if not problems:
-        return ""
-    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-    return f"{counted(len(problems), 'difference')}: {'; '.join(problems[:6])}{more}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """Hyperparameters that cannot be determined from tensor shapes.
