@@ -14,7 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import without_tf32
-from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.losses.perceptual import PerceptualLoss, require_image_pairs
 
 #: Maximum distance of values from [0, 1], to which they are clamped. The decoder exceeds the range by up to 0.001.
 RANGE_TOLERANCE: Final = 0.01
@@ -108,7 +108,7 @@ class ImageMetrics(Metric):
 
     def update(self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> None:
         """Add a batch of images. ``compute`` checks that their values are in [0, 1]."""
-        _check_shapes(prediction, target)
+        require_image_pairs(prediction, target)
         lowest, highest = _ranges(prediction, target)
         self.lowest = torch.minimum(self.lowest, lowest)
         self.highest = torch.maximum(self.highest, highest)
@@ -156,18 +156,9 @@ def _decibel(squared_error: Tensor) -> Tensor:
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Validate shapes and ranges, and return predictions and targets in float32, clamped to [0, 1]."""
-    _check_shapes(prediction, target)
+    require_image_pairs(prediction, target)
     _check_ranges(*_ranges(prediction, target))
     return _clamped(prediction), _clamped(target)
-
-
-def _check_shapes(prediction: Tensor, target: Tensor) -> None:
-    same = prediction.shape == target.shape
-    if not same or prediction.ndim != 4 or prediction.shape[1] != 3 or prediction.numel() == 0:
-        raise ValueError(
-            "image metrics: expected two non-empty batches of RGB images (n, 3, h, w) of the same shape, but found "
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
-        )
 
 
 def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:

@@ -200,10 +200,12 @@ def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a g
                 )
             with gr.Column(scale=2):
                 with gr.Row():
-                    framed = gr.Image(label="Network input", height=280, interactive=False, elem_id="seen")
+                    framed = gr.Image(
+                        label="Network input", height=280, interactive=False, elem_id="network-input"
+                    )
                     orbit = gr.Video(label="Orbit", height=280, autoplay=True, loop=True, elem_id="orbit")
                 mesh = gr.Model3D(label="Mesh", height=380, clear_color=(1, 1, 1, 1), elem_id="mesh")
-                summary = gr.Markdown(elem_id="told")
+                summary = gr.Markdown(elem_id="summary")
                 download = gr.DownloadButton("Download mesh.glb", elem_id="download")
         outputs = [framed, orbit, mesh, download, summary]
         # The first step clears previous outputs. The inputs are validated by `reconstruct` instead of gradio.

@@ -149,7 +149,7 @@ def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
         raise InputError(
             expected=f"the config of the run of {checkpoint.path}",
             found=f"no file {config}" if config else "a remote checkpoint",
-            remedy=f"give it: --config RUN/{CONFIG_NAME}",
+            remedy=f"pass --config RUN/{CONFIG_NAME}",
         )
     return config
 

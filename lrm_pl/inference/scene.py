@@ -232,7 +232,9 @@ def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
     mesh = scene.mesh(options.threshold, options.resolution, floaters=options.floaters, max_faces=limit)
     warnings = []
     if limit is not None and len(mesh.faces) > limit:
-        warnings.append(f"{len(mesh.faces)} faces instead of {limit}: fewer would tear the surface")
+        warnings.append(
+            f"{len(mesh.faces)} faces instead of {limit}: further decimation would open the surface"
+        )
     if not options.texture:
         return mesh, warnings
     try:

@@ -41,6 +41,20 @@ def require_measurable(side: int) -> None:
         )
 
 
+def require_image_pairs(prediction: Tensor, target: Tensor) -> None:
+    """Check that predictions and targets are RGB images of the same shape (n, 3, h, w) with n > 0.
+
+    Raises:
+        ValueError: The shapes differ, or are not (n, 3, h, w).
+    """
+    shape = prediction.shape
+    if shape != target.shape or len(shape) != 4 or shape[1] != 3 or prediction.numel() == 0:
+        raise ValueError(
+            "expected two non-empty batches of RGB images (n, 3, h, w) of the same shape, but found "
+            f"prediction {tuple(shape)} and target {tuple(target.shape)}. Resize or crop one of them"
+        )
+
+
 @final
 class PerceptualLoss:
     """LPIPS of images in [0, 1], which is differentiable with respect to the prediction only.
@@ -82,11 +96,7 @@ class PerceptualLoss:
         Raises:
             ValueError: The shapes differ, or are not (n, 3, h, w).
         """
-        if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
-            raise ValueError(
-                "LPIPS: expected two batches of RGB images (n, 3, h, w) of the same shape, but found prediction "
-                f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
-            )
+        require_image_pairs(prediction, target)
         group = max(1, pixels_per_group(prediction.device) // (prediction.shape[-1] * prediction.shape[-2]))
         if torch.is_grad_enabled() and prediction.requires_grad:
             return _EagerGradient.apply(prediction, target, self._measure, group)

@@ -51,7 +51,7 @@ def test_an_uploaded_image_is_reconstructed_and_the_mesh_is_downloaded(visitor, 
     visitor.wait_for_selector("#photo img", timeout=30_000)
     visitor.click("#go")
     visitor.wait_for_function(
-        "document.querySelector('#told')?.innerText.includes('triangles')", timeout=120_000
+        "document.querySelector('#summary')?.innerText.includes('triangles')", timeout=120_000
     )
     visitor.wait_for_selector("#mesh canvas", timeout=60_000)
     visitor.wait_for_function("document.querySelector('#orbit video')?.readyState >= 2", timeout=60_000)
@@ -60,8 +60,8 @@ def test_an_uploaded_image_is_reconstructed_and_the_mesh_is_downloaded(visitor, 
         visitor.click("#download")
     download.value.save_as(tmp_path / "mesh.glb")
     (shape,) = trimesh.load(tmp_path / "mesh.glb", process=False).geometry.values()
-    told = visitor.inner_text("#told")
-    assert f"{len(shape.faces):,} triangles" in told
+    summary = visitor.inner_text("#summary")
+    assert f"{len(shape.faces):,} triangles" in summary
     # the canvas shows more than the background
     deadline = time.monotonic() + 30
     while _dark_fraction(visitor, "#mesh canvas") < 0.01:
@@ -73,7 +73,7 @@ def test_an_uploaded_image_is_reconstructed_and_the_mesh_is_downloaded(visitor, 
     ).first.click()
     visitor.click("#go")
     visitor.wait_for_selector("text=Choose an image first.", timeout=30_000)
-    assert "triangles" not in visitor.inner_text("#told")
+    assert "triangles" not in visitor.inner_text("#summary")
     assert not visitor.query_selector("#orbit video")
 
 
@@ -88,7 +88,7 @@ def test_an_example_is_selected_and_reconstructed(visitor):
     visitor.wait_for_selector("#photo img", timeout=30_000)
     visitor.click("#go")
     visitor.wait_for_function(
-        "document.querySelector('#told')?.innerText.includes('triangles')", timeout=120_000
+        "document.querySelector('#summary')?.innerText.includes('triangles')", timeout=120_000
     )
 
 
