@@ -20,7 +20,7 @@ def damaged(runs, tmp_path_factory):
     return folder
 
 
-def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(runs, damaged):
+def test_too_many_bad_samples_stop_both_ranks_with_a_checkpoint(runs, damaged):
     options = (
         f"--data.folder={damaged}", "--data.workers=1", "--trainer.max_steps=40", "--trainer.limit_val_batches=0",
     )  # fmt: skip
@@ -40,7 +40,7 @@ def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(run
 
 
 @pytest.mark.soak
-def test_a_run_that_may_lose_samples_makes_all_its_steps_on_both_ranks(runs, damaged):
+def test_a_fraction_of_bad_samples_within_the_limit_is_accepted(runs, damaged):
     options = (f"--data.folder={damaged}", "--data.max_bad_fraction=0.2", "--trainer.max_steps=30")
     runs.run("bad-allowed", 2, *options, layers=["ddp"])
     assert runs.final("bad-allowed")[0].step == 30

@@ -27,7 +27,7 @@ def points(folder):
 
 
 @pytest.mark.soak
-def test_a_killed_run_that_goes_on_has_every_csv_row_once_and_the_values_of_an_uninterrupted_one(runs, root):
+def test_metrics_csv_of_a_killed_and_resumed_run_equals_the_uninterrupted_run(runs, root):
     options = ["-c", root / "configs/logger/csv.yaml", "--trainer.max_steps=12"]
 
     def callbacks(*names):
@@ -47,7 +47,7 @@ def test_a_killed_run_that_goes_on_has_every_csv_row_once_and_the_values_of_an_u
 
 
 @pytest.mark.soak
-def test_a_run_killed_before_its_first_checkpoint_starts_its_csv_anew(runs, root):
+def test_metrics_csv_is_restarted_without_a_checkpoint(runs, root):
     options = ["-c", root / "configs/logger/csv.yaml", "--trainer.max_steps=4"]
     kill = {**KILL, "init_args": {"step": 3}}
     runs.run("csv-early", 1, *options, f"--trainer.callbacks={json.dumps([kill])}", layers=["cpu"], status=-9)

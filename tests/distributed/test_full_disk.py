@@ -19,7 +19,7 @@ OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
 @pytest.mark.parametrize(
     ("layer", "processes"), [("cpu", 1), pytest.param("fsdp2", 2, marks=pytest.mark.soak)]
 )
-def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_space(runs, layer, processes):
+def test_a_run_on_a_full_disk_stops_and_is_resumed_once_there_is_space(runs, layer, processes):
     tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
     if tried.returncode:
         pytest.skip("needs user namespaces, in which a small disk can be mounted")
@@ -57,7 +57,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
 
 
 @pytest.mark.soak
-def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_message(runs):
+def test_a_disk_full_of_logs_ends_a_run_with_one_message(runs):
     tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
     if tried.returncode:
         pytest.skip("needs user namespaces, in which a small disk can be mounted")
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_m
         ),  # no queue either
     ],
 )
-def test_shared_memory_that_is_full_ends_a_run_with_workers_in_one_message(runs, size, found):
+def test_full_shared_memory_ends_a_run_with_one_message(runs, size, found):
     tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
     if tried.returncode:
         pytest.skip("needs user namespaces, in which a small disk can be mounted")

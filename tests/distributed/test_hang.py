@@ -18,7 +18,7 @@ CALLBACKS = [
 ]
 
 
-def test_a_job_with_a_rank_that_hangs_ends_in_time_with_the_stacks_of_all_ranks(runs):
+def test_a_job_with_a_hanging_rank_ends_with_the_stacks_of_all_ranks(runs):
     process = runs.start(
         "hang", 2, "--trainer.accelerator=cpu", f"--trainer.callbacks={json.dumps(CALLBACKS)}", layers=["ddp"]
     )

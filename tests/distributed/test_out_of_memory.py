@@ -4,7 +4,7 @@ import pytest
 
 
 @pytest.mark.soak
-def test_each_process_says_what_ran_out_and_which_command_helps(runs):
+def test_out_of_memory_errors_name_the_command_to_use(runs):
     log = runs.run(
         "memory", 2, "--trainer.callbacks+=tests.distributed.faults.RunOut", layers=["ddp"], status=1
     )

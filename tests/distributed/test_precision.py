@@ -32,12 +32,12 @@ def test_all_trainer_configs_are_tested(root):
 
 
 @pytest.mark.parametrize("layer", ["fsdp2", pytest.param("deepspeed_2", marks=pytest.mark.soak)])
-def test_under_bf16_mixed_only_the_products_are_bf16(runs, layer):
+def test_only_matrix_products_use_bf16_with_bf16_mixed(runs, layer):
     check(runs, layer, "bf16-mixed")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("precision", PRODUCTS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_under_every_trainer_config_only_the_products_are_in_its_precision(runs, layer, precision):
+def test_only_matrix_products_use_the_precision_of_the_trainer(runs, layer, precision):
     check(runs, layer, precision)

@@ -130,7 +130,7 @@ ONE_GPU = ("--trainer.accelerator=gpu", "--trainer.devices=1")
 
 
 @pytest.mark.parametrize("branch", [contextlib.nullcontext, as_accelerator])
-def test_a_nan_and_a_spike_leave_every_bit_as_it_was_and_the_host_does_not_wait_for_the_verdict(fit, branch):
+def test_skipped_steps_change_no_state_and_do_not_synchronize(fit, branch):
     mode = NoWaiting()
     with branch():
         watch, _ = fit("bad", BAD, *SPIKES, mode=mode)
@@ -154,7 +154,7 @@ def test_a_nan_and_a_spike_leave_every_bit_as_it_was_and_the_host_does_not_wait_
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_from_the_end_of_backward_to_the_moving_average(fit):
+def test_optimizer_steps_do_not_synchronize_on_a_gpu(fit):
     watch, folder = fit("gpu", BAD, *SPIKES, *ONE_GPU, mode=NoWaitingForCuda(), every=2)
     assert list(watch.skipped.values()) == [0, 0, 1, 1, 1, 2, 2, 2]
     for bad in (3, 6):
@@ -164,7 +164,7 @@ def test_on_a_gpu_nothing_waits_from_the_end_of_backward_to_the_moving_average(f
         assert different(read(folder, step)[1], state) == [], step
 
 
-def test_a_run_that_goes_on_between_a_nan_and_a_spike_is_the_uninterrupted_run_bit_for_bit_on_a_cpu(fit):
+def test_a_run_resumed_between_skipped_steps_is_bitwise_equal(fit):
     whole, folder = fit("whole", BAD, *SPIKES, every=4)
     resumed, again = fit("resumed", BAD, *SPIKES, f"--run.resume={folder}/step-00000004")
     assert list(resumed.states) == [5, 6, 7, 8]
@@ -201,9 +201,7 @@ class CountReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_with_the_default_callbacks_nothing_is_read_from_the_device_in_steps_that_are_not_logged(
-    tmp_path, shards
-):
+def test_default_callbacks_synchronize_only_on_logged_steps(tmp_path, shards):
     config = copy.deepcopy(RUN_CONFIG)
     config["trainer"] |= {
         "max_steps": 9,
@@ -289,9 +287,7 @@ class LateCopies(DeferredCopies):
             self.due.set()
 
 
-def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_before_it_is_copied(
-    fit, monkeypatch
-):
+def test_a_checkpoint_is_the_state_of_its_step_if_copies_are_deferred(fit, monkeypatch):
     monkeypatch.setattr(sharded_state, "CopyStream", DeferredCopies)
     with as_accelerator():
         watch, folder = fit("deferred", {}, every=2)
@@ -299,7 +295,7 @@ def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_befo
         assert different(read(folder, step)[1], watch.states[step]) == [], step
 
 
-def test_a_validation_of_the_average_waits_until_the_weights_are_copied(fit, monkeypatch):
+def test_validation_of_the_average_waits_for_copies(fit, monkeypatch):
     """Accumulation puts validations between a checkpoint and the next optimizer step."""
     monkeypatch.setattr(sharded_state, "CopyStream", DeferredCopies)
     options = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3")
@@ -309,14 +305,14 @@ def test_a_validation_of_the_average_waits_until_the_weights_are_copied(fit, mon
         assert different(read(folder, step)[1], watch.states[step]) == [], step
 
 
-def test_without_the_optimizer_held_back_the_copies_would_be_of_later_steps(fit, monkeypatch):
+def test_copies_are_wrong_without_waiting_before_the_optimizer_step(fit, monkeypatch):
     monkeypatch.setattr(sharded_state, "CopyStream", LateCopies)
     with as_accelerator():
         watch, folder = fit("late", {}, every=2, steps=4)
     assert different(read(folder, 2)[1], watch.states[2]) != []
 
 
-def test_on_a_cpu_a_checkpoint_is_copied_before_training_goes_on(fit, monkeypatch):
+def test_copies_on_a_cpu_are_synchronous(fit, monkeypatch):
     monkeypatch.setattr(sharded_state, "CopyStream", LateCopies)
     watch, folder = fit("at-once", {}, every=2, steps=4)
     assert different(read(folder, 2)[1], watch.states[2]) == []

@@ -44,7 +44,7 @@ def same(ours, theirs):
     return True
 
 
-def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
+def test_tensors_are_read_bitwise_as_they_were_written(tmp_path):
     run = {"position": 17, "guard": {"norms": [0.1, 1e-300]}, "score": None}
     written = write(tmp_path, 17, run=run)
     found = read_checkpoint(checkpoint_path(str(tmp_path), 17))
@@ -55,7 +55,7 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     assert os.listdir(tmp_path) == ["step-00000017"]
 
 
-def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path):
+def test_a_checkpoint_is_incomplete_until_its_index_is_written(tmp_path):
     path = checkpoint_path(str(tmp_path), 3)
     files = write_tensors(path, some_tensors())
     assert os.listdir(tmp_path) == ["step-00000003.partial"]
@@ -65,7 +65,7 @@ def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path):
     assert os.listdir(tmp_path) == ["step-00000003"]
 
 
-def test_a_model_of_another_shape_is_refused_by_name(tmp_path):
+def test_tensors_with_a_different_shape_are_rejected(tmp_path):
     found = write(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"found 2 missing.*network\.a\.bias.*-c RUN/config\.yaml"):
         read_tensors(found, {"network.a.bias": torch.empty(1), "other": torch.empty(2)})
@@ -136,9 +136,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_before_is_used(
-    tmp_path, damage
-):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
     write(tmp_path, 1)
     write(tmp_path, 2)
     (tmp_path / "x").write_text("outside")
@@ -157,7 +155,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_b
         newest_checkpoint(str(tmp_path), said.append)
 
 
-def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
+def test_a_damaged_checkpoint_is_replaced_at_the_same_step(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2)
     flipped(tmp_path / "step-00000002")
@@ -167,7 +165,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(t
     assert newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
-def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
+def test_a_missing_file_of_another_rank_is_an_error(tmp_path):
     path = checkpoint_path(str(tmp_path), 1)
     files = write_tensors(path, some_tensors())
     with pytest.raises(
@@ -204,7 +202,7 @@ def torch_file(value, path):
     return path.read_bytes()
 
 
-def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp_path):
+def test_metadata_that_calls_functions_is_rejected_without_executing_code(tmp_path):
     trace = tmp_path / "trace"
     bare = pickle.dumps(Runs(trace))
     for step, content in enumerate((
@@ -223,7 +221,7 @@ def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp
     assert trace.exists(), "the trap works"
 
 
-def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
+def test_a_shard_that_calls_functions_is_rejected_without_executing_code(tmp_path):
     trace = tmp_path / "trace"
     found = write(tmp_path, 1, {"a": torch.zeros(4)})
     evil = torch_file(Runs(trace), tmp_path / "evil.pt")
@@ -239,7 +237,7 @@ def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
     assert not trace.exists()
 
 
-def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
+def test_metadata_with_paths_outside_of_the_folder_is_rejected(tmp_path):
     write(tmp_path, 1)
     path = tmp_path / "step-00000001"
     swap(path, ".metadata", (path / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../../a/../b"))
@@ -253,7 +251,7 @@ def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\x80\x04.", b"garbage", pickle.dumps({"a": 1}), b"\x80\x04K\x01h\x05."]
 )
-def test_metadata_that_is_none_is_refused(tmp_path, content):
+def test_invalid_metadata_is_rejected(tmp_path, content):
     write(tmp_path, 1)
     swap(tmp_path / "step-00000001", ".metadata", content)
     with pytest.raises(CheckpointError, match=r"\.metadata: expected a dict of tensors"):
@@ -281,7 +279,7 @@ for step in range((newest.step if newest else 0) + 1, 10**6):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
-def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, kills):
+def test_the_newest_checkpoint_is_valid_after_kill_9(tmp_path, root, kills):
     generator = torch.Generator().manual_seed(0)
     reached = 0
     for trial in range(kills):
@@ -322,7 +320,7 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
+def test_a_partially_written_file_is_an_os_error(tmp_path):
     write(tmp_path, 1)
     with small_files(), pytest.raises(OSError, match="File too large"):
         write(tmp_path, 2, {"a": torch.randn(100_000)})
@@ -332,7 +330,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpo
     assert newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
-def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
+def test_a_full_disk_is_an_os_error(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -355,7 +353,7 @@ def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
 # --- retention
 
 
-def test_a_checkpoint_can_be_written_in_a_thread_while_others_read(tmp_path):
+def test_checkpoints_are_written_and_read_concurrently(tmp_path):
     write(tmp_path, 1)
     failures = []
 

@@ -21,7 +21,7 @@ def guard(*norms, **config):
     return judge
 
 
-def test_without_a_limit_only_what_is_not_finite_is_skipped_and_counted():
+def test_only_non_finite_norms_are_skipped_without_a_limit():
     judge = guard(1.0, 1e9, 1.0)
     assert not accepts(judge, math.nan)
     assert not accepts(judge, math.inf)
@@ -30,7 +30,7 @@ def test_without_a_limit_only_what_is_not_finite_is_skipped_and_counted():
     assert (judge.num_skipped.item(), judge.consecutive_skips) == (2, 0)
 
 
-def test_a_norm_above_so_many_times_the_running_median_is_skipped():
+def test_norms_above_a_multiple_of_the_running_median_are_skipped():
     judge = guard(1.0, 2.0, 3.0, spike=5.0, window=3)
     assert not accepts(judge, 10.1)  # the median is 2
     assert accepts(judge, 9.9)  # and stays so: what was skipped does not count
@@ -38,18 +38,18 @@ def test_a_norm_above_so_many_times_the_running_median_is_skipped():
     assert not accepts(judge, 49.6)  # of 3, 9.9 and 14.9 it is 9.9
 
 
-def test_the_median_of_an_even_number_of_norms_is_between_the_middle_two():
+def test_the_median_of_an_even_number_of_norms_is_the_mean_of_the_middle_two():
     judge = guard(4.0, 1.0, 2.0, 8.0, spike=2.0, window=4)
     assert not accepts(judge, 6.1)  # the median is 3
     assert accepts(judge, 5.9)
 
 
-def test_before_the_window_is_full_nothing_is_called_a_spike():
+def test_spikes_are_not_detected_until_the_window_is_full():
     judge = guard(1.0, 1.0, spike=2.0, window=3)
     assert accepts(judge, 1000.0)
 
 
-def test_norms_that_stay_larger_stop_the_run_with_what_to_do_and_the_next_start_goes_on():
+def test_a_guard_is_exhausted_by_consecutive_spikes_and_reset_on_resume():
     judge = guard(*[0.1] * 4, spike=5.0, window=4, patience=3)
     for _ in range(3):
         assert not judge.exhausted
@@ -64,7 +64,7 @@ def test_norms_that_stay_larger_stop_the_run_with_what_to_do_and_the_next_start_
     assert [accepts(again, 0.6) for _ in range(10)] == [True] * 10, "it has a new median"
 
 
-def test_a_guard_that_allows_no_bad_step_is_exhausted_by_the_first():
+def test_a_guard_with_a_patience_of_1_is_exhausted_by_one_skipped_step():
     judge = guard(1.0, patience=1)
     assert not judge.exhausted
     assert not accepts(judge, math.nan)
@@ -72,7 +72,7 @@ def test_a_guard_that_allows_no_bad_step_is_exhausted_by_the_first():
     assert (judge.expectation, judge.remedy) == ("finite gradients", "train in 32-true")
 
 
-def test_a_resumed_guard_judges_as_the_one_that_was_saved():
+def test_a_resumed_guard_makes_the_same_decisions():
     judge = guard(1.0, 2.0, 0.1, spike=5.0, window=3)
     assert not accepts(judge, 5.1)
     again = GradientGuard(judge.config)
@@ -84,14 +84,14 @@ def test_a_resumed_guard_judges_as_the_one_that_was_saved():
     assert accepts(again, 4.9)
 
 
-def test_a_window_that_a_resumed_run_makes_smaller_keeps_the_newest_norms():
+def test_a_smaller_window_of_a_resumed_run_keeps_the_newest_norms():
     again = GradientGuard(GuardConfig(spike=2.0, window=2))
     again.load_state(guard(9.0, 1.0, 3.0, window=5).state())
     assert not accepts(again, 4.1)  # the median is 2
     assert accepts(again, 3.9)
 
 
-def test_whether_it_is_exhausted_waits_for_the_newest_step_only_if_that_could_be_the_one_too_many(
+def test_exhausted_waits_for_the_device_only_if_the_newest_step_can_exhaust_the_patience(
     monkeypatch,
 ):
     judge = GradientGuard(GuardConfig(patience=3))
@@ -107,6 +107,6 @@ def test_whether_it_is_exhausted_waits_for_the_newest_step_only_if_that_could_be
 
 
 @pytest.mark.parametrize("wrong", [{"patience": 0}, {"window": 0}, {"spike": 1.0}])
-def test_limits_that_mean_nothing_are_refused(wrong):
+def test_invalid_limits_are_rejected(wrong):
     with pytest.raises(InputError, match="expected patience and window of at least 1 and a spike above 1"):
         GuardConfig(**wrong)

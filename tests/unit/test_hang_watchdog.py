@@ -41,7 +41,7 @@ def start(what, root):
 
 
 @pytest.mark.parametrize("what", ["hang", "hang_with_pythons_lock"])
-def test_a_process_that_hangs_ends_with_the_stacks_of_all_threads(what, root):
+def test_a_hanging_process_prints_the_stacks_of_all_threads(what, root):
     process = start(what, root)
     out, err = process.communicate(timeout=40)
     assert (process.returncode, out) == (1, ""), err
@@ -49,7 +49,7 @@ def test_a_process_that_hangs_ends_with_the_stacks_of_all_threads(what, root):
     assert f"in {what}" in err
 
 
-def test_a_process_that_was_suspended_for_longer_than_the_limit_goes_on(root):
+def test_the_time_of_a_suspended_process_does_not_count(root):
     process = start("work", root)
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.5)
@@ -58,7 +58,7 @@ def test_a_process_that_was_suspended_for_longer_than_the_limit_goes_on(root):
     assert (process.returncode, out) == (0, "done\n"), err
 
 
-def test_a_batch_of_any_command_is_progress():
+def test_batches_of_all_commands_reset_the_timer():
     resets = []
     watchdog = HangWatchdog()
     watchdog._timer = SimpleNamespace(reset=lambda: resets.append(None))

@@ -62,7 +62,7 @@ def require_whole(step):
     return said
 
 
-def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3):
+def test_checkpoints_in_a_bucket_are_written_listed_read_and_deleted(s3):
     assert newest_checkpoint(RUN, print) is None
     for step in (1, 2, 3):
         write(step)
@@ -73,7 +73,7 @@ def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3):
     require_whole(2)
 
 
-def test_the_index_is_the_last_object_that_is_put(s3):
+def test_the_index_is_uploaded_last(s3):
     path = checkpoint_path(RUN, 1)
     files = write_tensors(path, some_tensors(1))
     with pytest.raises(CheckpointError, match="incomplete"):
@@ -84,7 +84,7 @@ def test_the_index_is_the_last_object_that_is_put(s3):
     require_whole(1)
 
 
-def test_a_large_tensor_goes_up_in_parts_and_comes_back_exact(s3):
+def test_a_large_tensor_is_uploaded_in_parts(s3):
     large = {"large": torch.arange(30_000_000, dtype=torch.float32)}  # 120 MB; s3fs uploads parts of 50
     found = write(5, large)
     assert any("partNumber=2" in path for _, path in s3.seen)
@@ -103,7 +103,7 @@ OBJECTS = ["__0_0.distcp", ".metadata", "index.json"]
 
 @pytest.mark.parametrize("name", OBJECTS)
 @pytest.mark.parametrize("fault", ["503", "drop", "deaf"])
-def test_an_upload_that_fails_once_is_tried_again(s3, name, fault):
+def test_a_failed_upload_is_retried(s3, name, fault):
     write(1)
     s3.fault = first_times(1, fault, name=f"step-00000002/{name}")
     write(2)
@@ -121,7 +121,7 @@ def test_an_upload_that_fails_once_is_tried_again(s3, name, fault):
         for number, name in enumerate(OBJECTS)
     ],
 )
-def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, name, fault):
+def test_a_checkpoint_is_not_valid_after_a_failed_upload(s3, name, fault):
     write(1)
     s3.fault = first_times(1000, fault, name=f"step-00000002/{name}")
     with pytest.raises(OSError, match=r"step-00000002.*the request failed with"):
@@ -132,7 +132,7 @@ def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s
     assert require_whole(2) == []
 
 
-def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object(s3):
+def test_a_failed_part_of_an_upload_leaves_no_object(s3):
     s3.fault = lambda method, path, number: "500" if method == "PUT" and "partNumber=2" in path else None
     with pytest.raises(OSError, match="the request failed with"):
         write(5, {"large": torch.zeros(30_000_000)})
@@ -140,14 +140,14 @@ def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object
     assert list_checkpoints(RUN) == []
 
 
-def test_a_download_that_is_cut_once_is_tried_again(s3):
+def test_an_interrupted_download_is_retried(s3):
     write(1)
     s3.fault = first_times(1, "drop", method="GET", name="step-00000001")
     assert require_whole(1) == []
     assert s3.broken
 
 
-def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s3):
+def test_an_unavailable_store_is_not_reported_as_a_damaged_checkpoint(s3):
     write(1)
     write(2)
     s3.fault = first_times(1000, "drop", method="GET", name="step-00000002/index.json")
@@ -155,7 +155,7 @@ def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s
         newest_checkpoint(RUN, pytest.fail)
 
 
-def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
+def test_a_checkpoint_with_a_changed_object_is_skipped(s3):
     import fsspec
 
     write(1)
@@ -169,7 +169,7 @@ def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
     assert "bytes, but found" in require_whole(1)[0]
 
 
-def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says_so(s3):
+def test_a_run_without_complete_uploads_starts_from_the_first_step(s3):
     path = checkpoint_path("s3://bucket/run", 5)
     write_tensors(path, {"a": torch.ones(3)})
     said = []
@@ -177,7 +177,7 @@ def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says
     assert "no checkpoint was completed; starting from the first step" in said[-1]
 
 
-def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
+def test_the_older_of_two_runs_in_one_folder_is_stopped(s3):
     older = Owner("s3://bucket/run", "runs/older")
     older.require()
     newer = Owner("s3://bucket/run", "runs/newer")
@@ -190,7 +190,7 @@ def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
     newer.require()
 
 
-def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
+def test_a_missing_bucket_is_rejected_and_not_created(s3):
     with pytest.raises(InputError, match="bucket does not exist"):
         require_writable("s3://buckett/run")
     require_writable(RUN)
@@ -198,7 +198,7 @@ def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
     assert list_checkpoints(RUN) == []
 
 
-def test_without_s3fs_the_error_names_the_extra_to_install(root):
+def test_the_extra_to_install_is_named_if_s3fs_is_missing(root):
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
         "from lrm_pl.checkpoints.index import list_checkpoints\n"
@@ -212,7 +212,7 @@ def test_without_s3fs_the_error_names_the_extra_to_install(root):
     assert "pip install 'lrm_pl[s3]'" in done.stdout
 
 
-def test_a_store_of_no_known_kind_is_refused():
+def test_an_unknown_url_scheme_is_rejected():
     with pytest.raises(
         InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, but found 'nope://x'"
     ):

@@ -11,7 +11,7 @@ from lrm_pl.training.optim import OptimizerConfig, parameter_groups, warmup_cosi
 from tests.builders import tiny_lrm
 
 
-def test_warm_up_and_cosine_by_hand():
+def test_warm_up_and_cosine_equal_hand_computed_values():
     # 100 steps, 10 of warm-up: 0.1, 0.2, ..., 1.0, then a cosine that is at half its way at step 55.
     factors = [warmup_cosine(step, 100, 0.1, 0.0) for step in range(101)]
     assert math.isclose(factors[0], 0.1)
@@ -22,11 +22,11 @@ def test_warm_up_and_cosine_by_hand():
     assert math.isclose(warmup_cosine(100, 100, 0.1, 0.25), 0.25)
 
 
-def test_a_short_run_leaves_its_warm_up():
+def test_the_warm_up_of_a_short_run_ends():
     assert warmup_cosine(2, 3, 0.07, 0.0) < warmup_cosine(0, 3, 0.07, 0.0) == 1.0
 
 
-def test_weight_decay_is_only_on_matrices_and_kernels():
+def test_weight_decay_applies_only_to_linear_and_convolution_weights():
     model = tiny_lrm()
     decayed, spared = parameter_groups(model, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -44,13 +44,13 @@ def test_weight_decay_is_only_on_matrices_and_kernels():
     assert not any(name.startswith("encoder.") for name in decayed_names | spared_names), "it is frozen"
 
 
-def test_the_optimiser_is_adamw_with_the_papers_betas():
+def test_the_optimizer_is_adamw_with_the_betas_of_the_paper():
     optimizer = OptimizerConfig().build(tiny_lrm())
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
 
 
-def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_image():
+def test_layer_decay_lowers_the_learning_rate_of_earlier_blocks():
     torch.manual_seed(0)
     encoder = ImageEncoder("test_vit", image_size=32)
     model = LRM(encoder, NeRFDecoder(4, 8, 3), dim=16, depth=2, heads=2, camera_dim=8, plane_tokens=4)
@@ -68,7 +68,7 @@ def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_im
     assert share[id(model.transformer.tokens)] == 0.5**3
 
 
-def test_a_layer_decay_above_one_is_refused():
+def test_a_layer_decay_above_1_is_rejected():
     with pytest.raises(ValueError, match=r"layer_decay in \(0, 1\], but found 1.5"):
         OptimizerConfig(layer_decay=1.5)
 
@@ -83,8 +83,6 @@ def test_a_layer_decay_above_one_is_refused():
         ({"final_lr": 10.0}, "final_lr, a fraction of lr, in .*, but found 10.0"),
     ],
 )
-def test_a_schedule_that_never_leaves_its_warm_up_and_a_weight_decay_that_grows_weights_are_refused(
-    options, message
-):
+def test_invalid_settings_of_the_optimizer_are_rejected(options, message):
     with pytest.raises(InputError, match=f"expected model.optimizer.{message}"):
         OptimizerConfig(**options)

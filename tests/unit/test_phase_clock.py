@@ -7,7 +7,7 @@ from lrm_pl.callbacks import phase_clock
 from lrm_pl.callbacks.phase_clock import PhaseClock
 
 
-def test_all_time_belongs_to_the_part_that_runs_and_a_renamed_part_is_renamed_from_its_beginning():
+def test_elapsed_time_is_attributed_to_the_active_phase():
     clock = PhaseClock(torch.device("cpu"))
     assert clock.pop_totals() == {}
     began = time.perf_counter()
@@ -56,7 +56,7 @@ class QueueEvent(torch.cuda.Event):
         return end.at - self.at
 
 
-def test_a_gpus_time_is_read_from_events_and_only_taking_it_waits(monkeypatch):
+def test_gpu_time_is_measured_with_events(monkeypatch):
     queue, cpu = Queue(), torch.device("cpu")
     monkeypatch.setattr(phase_clock, "on_cuda", lambda _: True)
     monkeypatch.setattr(torch.cpu, "Event", queue.event)
@@ -75,7 +75,7 @@ def test_a_gpus_time_is_read_from_events_and_only_taking_it_waits(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_time_is_the_gpus_and_setting_marks_does_not_wait_for_it():
+def test_switching_phases_does_not_synchronize_with_the_gpu():
     clock = PhaseClock(torch.device("cuda"))
     matrix = torch.randn(8192, 8192, device="cuda")
     matrix @ matrix  # starts cuBLAS

@@ -50,9 +50,7 @@ def fit(module, precision):
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("32-true", False), ("bf16-mixed", True)])
-def test_float32_training_runs_without_tf32_forward_and_backward_and_other_precisions_as_pytorch_does(
-    precision, allowed
-):
+def test_tf32_is_disabled_only_with_float32_precision(precision, allowed):
     module = Linear()
     fit(module, precision)
     assert module.allowed == [allowed] * 2
@@ -60,7 +58,7 @@ def test_float32_training_runs_without_tf32_forward_and_backward_and_other_preci
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def test_tf32_comes_back_when_training_fails():
+def test_the_tf32_setting_is_restored_after_an_error():
     module = Linear(fails=True)
     with pytest.raises(KeyError):
         fit(module, "32-true")
@@ -68,7 +66,7 @@ def test_tf32_comes_back_when_training_fails():
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_the_module_brings_its_callbacks_along_where_the_trainer_has_none_of_their_kind():
+def test_the_module_adds_missing_callbacks():
     module = LRMModule(tiny_lrm(), Renderer(8), Objective(lpips=0.0))
 
     def brought(*callbacks):
@@ -88,16 +86,16 @@ def set_up(precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_weights_that_are_not_float32_are_refused_before_training(precision):
+def test_precisions_without_float32_weights_are_rejected(precision):
     with pytest.raises(InputError, match=f"expected trainer.precision bf16-mixed, .*, but found {precision}"):
         set_up(precision)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", 32])
-def test_precisions_are_let_through_by_any_of_lightnings_names(precision):
+def test_short_names_of_precisions_are_accepted(precision):
     set_up(precision)
 
 
 @pytest.mark.parametrize(("short", "full"), [("32", "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
-def test_what_fit_takes_for_a_precision_estimate_takes_too(short, full):
+def test_estimate_accepts_the_precisions_of_fit(short, full):
     assert require_supported_precision(short) == require_supported_precision(full) == full

@@ -29,7 +29,7 @@ def trained(folder, steps, checkpoint=None, accumulate=1):
     return trainer, bar
 
 
-def test_a_resumed_run_shows_its_steps_of_all_and_its_loss_first(tmp_path, capsys):
+def test_the_bar_of_a_resumed_run_includes_earlier_steps(tmp_path, capsys):
     trainer, _ = trained(tmp_path, 3)
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     capsys.readouterr()
@@ -46,6 +46,6 @@ def test_a_resumed_run_shows_its_steps_of_all_and_its_loss_first(tmp_path, capsy
     assert " 1/5 [" not in printed
 
 
-def test_the_bar_counts_optimizer_steps_and_no_accumulated_batches(tmp_path):
+def test_the_bar_counts_optimizer_steps_instead_of_batches(tmp_path):
     _, bar = trained(tmp_path, 3, accumulate=2)
     assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (3, 3)

@@ -72,14 +72,14 @@ def holder(root, tmp_path):
         process.stdout.close()
 
 
-def test_a_second_run_in_a_folder_is_refused_and_one_in_another_is_not(tmp_path, holder):
+def test_a_second_run_in_the_same_folder_is_rejected(tmp_path, holder):
     holder(tmp_path / "run")
     with pytest.raises(InputError, match=r"Another run is using .*run\. .*--run\.folder"):
         RunLock(tmp_path / "run")
     RunLock(tmp_path / "other")
 
 
-def test_a_killed_run_gives_its_folder_back_even_while_its_workers_live(tmp_path, holder):
+def test_the_lock_of_a_killed_run_is_released_while_its_workers_run(tmp_path, holder):
     process = holder(tmp_path / "run", "fork")
     process.kill()
     process.wait(10)
@@ -89,7 +89,7 @@ def test_a_killed_run_gives_its_folder_back_even_while_its_workers_live(tmp_path
 # --- what to go on from
 
 
-def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(tmp_path):
+def test_resume_auto_starts_a_new_run_or_resumes(tmp_path):
     assert choose_checkpoint("auto", None) is None
     assert choose_checkpoint("auto", str(tmp_path / "none")) is None
     write(tmp_path, 1)
@@ -97,7 +97,7 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(tmp_path)
     assert choose_checkpoint("auto", str(tmp_path)).step == 2
 
 
-def test_never_refuses_a_folder_with_checkpoints_whole_or_not(tmp_path):
+def test_resume_never_rejects_a_folder_with_checkpoints(tmp_path):
     assert choose_checkpoint("never", None) is None
     assert choose_checkpoint("never", str(tmp_path)) is None
     path = write(tmp_path, 1)
@@ -106,7 +106,7 @@ def test_never_refuses_a_folder_with_checkpoints_whole_or_not(tmp_path):
         choose_checkpoint("never", str(tmp_path))
 
 
-def test_a_path_is_a_checkpoint_or_a_run_and_is_where_a_new_run_begins(tmp_path):
+def test_resume_accepts_the_path_of_a_checkpoint_or_a_run(tmp_path):
     first = tmp_path / "first" / "checkpoints"
     path = write(first, 10)
     write(first, 20)
@@ -117,7 +117,7 @@ def test_a_path_is_a_checkpoint_or_a_run_and_is_where_a_new_run_begins(tmp_path)
     assert find_checkpoint(str(first)).step == 20
 
 
-def test_a_checkpoint_that_its_run_deletes_while_it_is_read_gives_way_to_a_newer_one(tmp_path, caplog):
+def test_a_newer_checkpoint_is_read_if_the_run_deletes_a_checkpoint(tmp_path, caplog):
     place = tmp_path / "run" / "checkpoints"
     write(place, 10)
     tried = []
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_its_run_deletes_while_it_is_read_gives_way_to_a_newer
         read_newest(str(tmp_path / "run"), lambda found: (Path(found.path) / "none").read_bytes())
 
 
-def test_started_again_with_the_same_command_a_run_goes_on_from_its_own_checkpoints(tmp_path, caplog):
+def test_a_restarted_run_resumes_from_its_own_checkpoints(tmp_path, caplog):
     path = write(tmp_path / "first" / "checkpoints", 10)
     own = tmp_path / "second" / "checkpoints"
     write(own, 15)
@@ -144,7 +144,7 @@ def test_started_again_with_the_same_command_a_run_goes_on_from_its_own_checkpoi
     assert "Resuming from this run's own checkpoints" in caplog.text
 
 
-def test_going_back_within_a_run_is_refused(tmp_path):
+def test_resume_rejects_an_earlier_checkpoint_of_the_same_run(tmp_path):
     path = write(tmp_path / "checkpoints", 10)
     write(tmp_path / "checkpoints", 20)
     with pytest.raises(
@@ -153,12 +153,12 @@ def test_going_back_within_a_run_is_refused(tmp_path):
         choose_checkpoint(path, str(tmp_path / "checkpoints"))
 
 
-def test_a_run_may_have_step_in_its_name(tmp_path):
+def test_the_name_of_a_run_may_contain_step(tmp_path):
     write(tmp_path / "two-step-lr" / "checkpoints", 3)
     assert find_checkpoint(str(tmp_path / "two-step-lr")).step == 3
 
 
-def test_nothing_there_is_an_error_that_says_where_checkpoints_are(tmp_path):
+def test_a_missing_checkpoint_is_an_error(tmp_path):
     for path, found in ((tmp_path / "nowhere", "nothing"), (tmp_path, r"no index\.json")):
         with pytest.raises(CheckpointError, match=rf"found {found}.*RUN/checkpoints/step-"):
             find_checkpoint(str(path))
@@ -171,7 +171,7 @@ def logger_config(kind, **arguments):
     return {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": arguments}
 
 
-def test_tensorboard_and_csv_write_into_the_runs_folder_itself(tmp_path):
+def test_tensorboard_and_csv_write_to_the_run_folder(tmp_path):
     from lightning.pytorch import loggers
 
     configs = [logger_config("TensorBoardLogger", save_dir="runs", name="lrm"), logger_config("CSVLogger")]
@@ -181,7 +181,7 @@ def test_tensorboard_and_csv_write_into_the_runs_folder_itself(tmp_path):
         assert Path(made.log_dir) == tmp_path / "run"
 
 
-def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
+def test_folders_of_wandb_and_single_loggers_are_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": None}
     set_logger_folders(one, "runs/mine")  # relative: made absolute, so that a later chdir changes nothing
@@ -193,7 +193,7 @@ def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
     assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine"), "name": "mine"}
 
 
-def test_runs_that_begin_at_the_same_time_get_folders_of_their_own(tmp_path):
+def test_runs_that_start_at_the_same_time_create_different_folders(tmp_path):
     def begin():
         logger = TensorBoardLogger(str(tmp_path), "lrm")
         return L.Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, max_steps=1)
@@ -205,7 +205,7 @@ def test_runs_that_begin_at_the_same_time_get_folders_of_their_own(tmp_path):
     assert [trainer_folder(trainer) for trainer in trainers] == folders
 
 
-def test_the_run_of_a_checkpoint_of_its_folder_and_of_itself_is_found(tmp_path):
+def test_find_run_folder_accepts_checkpoints_and_runs(tmp_path):
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "run/config.yaml").touch()
     for path in ("run", "run/checkpoints", "run/checkpoints/step-00000001"):
@@ -213,7 +213,7 @@ def test_the_run_of_a_checkpoint_of_its_folder_and_of_itself_is_found(tmp_path):
     assert find_run_folder(str(tmp_path)) is None
 
 
-def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tmp_path, shards):
+def test_the_home_folder_is_expanded_in_data_and_checkpoint_folders(monkeypatch, tmp_path, shards):
     monkeypatch.setenv("HOME", str(shards.parent))
     assert ShardSource(f"~/{shards.name}").location == str(shards)
     assert ShardSource(f"~/{shards.name}").manifest().views == 8
@@ -221,7 +221,7 @@ def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tm
 
 
 @pytest.mark.parametrize("choice", [True, None])
-def test_lightnings_own_choice_of_a_logger_is_refused(choice, tmp_path):
+def test_loggers_without_a_folder_are_rejected(choice, tmp_path):
     with pytest.raises(InputError, match=r"expected trainer\.logger as a logger or false"):
         set_logger_folders(choice, str(tmp_path))
 
@@ -237,7 +237,7 @@ def test_run_path_expands_the_home_folder_and_rejects_urls(monkeypatch, tmp_path
         run_path("s3://b/run")
 
 
-def test_a_logger_is_given_the_places_that_its_class_takes(tmp_path):
+def test_only_supported_arguments_of_a_logger_are_set(tmp_path):
     class Bare:
         """Takes no folder."""
 

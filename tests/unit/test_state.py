@@ -64,7 +64,7 @@ def gloo(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_state_that_is_made_for_a_checkpoint_lies_where_adamw_keeps_it(fused):
+def test_initialized_state_has_the_shape_dtype_and_device_of_adamw(fused):
     ours, theirs = network(), network()
     made = optimizer_state(ours, torch.optim.AdamW(ours.parameters(), fused=fused))
     optimizer = torch.optim.AdamW(theirs.parameters(), fused=fused)
@@ -77,7 +77,7 @@ def test_state_that_is_made_for_a_checkpoint_lies_where_adamw_keeps_it(fused):
 
 
 @pytest.mark.parametrize(("fused", "place"), [(True, "cuda"), (False, "cpu")])
-def test_on_cuda_a_fused_adamw_counts_its_steps_on_the_gpu_and_another_on_the_cpu(fused, place):
+def test_the_step_of_fused_adamw_is_stored_on_the_gpu(fused, place):
     with FakeTensorMode():
         model = nn.Linear(2, 2, device="cuda")
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
@@ -87,7 +87,7 @@ def test_on_cuda_a_fused_adamw_counts_its_steps_on_the_gpu_and_another_on_the_cp
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_state_of_a_fused_adamw_goes_on_in_another_and_back(fused):
+def test_state_is_transferred_between_fused_and_unfused_adamw(fused):
     first, second, whole = network(), network(1), network()
     writes = torch.optim.AdamW(first.parameters(), fused=fused)
     steps(first, writes, 0, 1)
@@ -109,7 +109,7 @@ def test_state_of_a_fused_adamw_goes_on_in_another_and_back(fused):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_skipped_step_is_a_dropped_step_with_and_without_a_gradient_scaler(scaled):
+def test_a_skipped_step_has_no_effect_with_and_without_a_gradient_scaler(scaled):
     """With a scaler, as in 16-mixed, AdamW is not fused."""
     model, twin = network(), network()
     optimizer, theirs = (torch.optim.AdamW(m.parameters(), fused=not scaled) for m in (model, twin))
@@ -132,7 +132,7 @@ def test_a_skipped_step_is_a_dropped_step_with_and_without_a_gradient_scaler(sca
     assert ours["adam.0.weight.step"] == 2
 
 
-def test_a_sharded_fused_adamw_skips_and_steps_as_a_whole_one(gloo):
+def test_sharded_and_unsharded_adamw_skip_the_same_steps(gloo):
     model, twin = network(), network()
     mesh = init_device_mesh("cpu", (1,))
     for layer in model:
@@ -157,7 +157,7 @@ def test_a_sharded_fused_adamw_skips_and_steps_as_a_whole_one(gloo):
     assert expected["adam.0.weight.step"] == 2
 
 
-def test_under_a_gradient_scaler_adamw_is_not_fused():
+def test_adamw_is_not_fused_with_a_gradient_scaler():
     for scaler, fused in ((None, True), (object(), False)):
         module = LRMModule(tiny_lrm(), Renderer(8), Objective())
         module._trainer = types.SimpleNamespace(precision_plugin=types.SimpleNamespace(scaler=scaler))
@@ -171,7 +171,7 @@ def test_under_a_gradient_scaler_adamw_is_not_fused():
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their_memory(gloo, sharded):
+def test_snapshots_keep_the_layout_of_shards_and_reuse_buffers(gloo, sharded):
     mesh = init_device_mesh("cpu", (1,))
     plain, whole = torch.randn(3, 4).t(), torch.randn(5, 2)
     state = {"plain": plain, "shards": distribute_tensor(whole, mesh, [Shard(1)]), "empty": torch.empty(0, 3)}
@@ -195,7 +195,7 @@ def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their
     assert all(second[name] is first[name] for name in state)
 
 
-def test_on_a_cpu_every_copy_has_its_own_memory_and_ranks_that_do_not_write_keep_none():
+def test_snapshots_on_a_cpu_do_not_share_memory():
     state = {"a": torch.ones(3)}
     snapshots = Snapshots(torch.device("cpu"))
     first, second = (snapshots.take(state, sharded=False)["a"] for _ in range(2))
@@ -206,7 +206,7 @@ def test_on_a_cpu_every_copy_has_its_own_memory_and_ranks_that_do_not_write_keep
 # --- ranks that agree
 
 
-def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypatch):
+def test_flags_are_reduced_on_the_cpu(gloo, monkeypatch):
     keeper = CheckpointAndResume()
     assert keeper._agree(True, False) == [True, False]
     group = torch.distributed.new_group(backend="gloo")
@@ -239,13 +239,13 @@ def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypat
         ("lightning.pytorch.strategies.DeepSpeedStrategy", "deepspeed_2"),
     ],
 )
-def test_lightnings_own_sharding_is_refused_with_the_config_to_use(root, name, config):
+def test_sharded_strategies_of_lightning_are_rejected(root, name, config):
     with pytest.raises(InputError, match=rf"found {name}. Use .*configs/trainer/{config}\.yaml"):
         require_supported_strategy_name(name)
     assert (root / "configs" / "trainer" / f"{config}.yaml").is_file()
 
 
-def test_every_other_strategy_of_lightning_is_let_through():
+def test_other_strategies_of_lightning_are_accepted():
     from lightning.pytorch.strategies import StrategyRegistry
 
     refused = []
@@ -263,14 +263,14 @@ def test_every_other_strategy_of_lightning_is_let_through():
 
 
 @pytest.mark.filterwarnings("default")
-def test_on_the_command_line_it_is_refused_before_anything_is_made(root, monkeypatch):
+def test_unsupported_strategies_are_rejected_before_the_trainer_is_created(root, monkeypatch):
     monkeypatch.setattr(LRMCLI, "instantiate_trainer", lambda *_, **__: pytest.fail("a trainer was made"))
     config = str(root / "configs" / "experiment" / "demo.yaml")
     with pytest.raises(InputError, match=r"found fsdp. Use .*-c configs/trainer/fsdp2\.yaml"):
         command_line(["fit", "-c", config, "--trainer.strategy", "fsdp"])
 
 
-def test_in_python_it_is_refused_before_the_network_is_moved():
+def test_unsupported_strategies_are_rejected_in_setup():
     module = LRMModule(tiny_lrm(), Renderer(8), Objective())
     module.trainer = L.Trainer(accelerator="cpu", barebones=True)
     module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes one on GPUs only
@@ -278,7 +278,7 @@ def test_in_python_it_is_refused_before_the_network_is_moved():
         module.setup("fit")
 
 
-def test_lightnings_deepspeed_is_refused_and_ours_is_not():
+def test_the_deepspeed_strategy_of_lightning_is_rejected():
     pytest.importorskip("deepspeed")
     from lightning.pytorch.strategies import DeepSpeedStrategy
 

@@ -26,7 +26,7 @@ def batch_and_prediction(weight):
 
 
 @pytest.mark.parametrize(("weight", "images"), [([1.0, 1.0], 4), ([0.0, 1.0], 2), ([0.0, 0.0], 0)])
-def test_only_real_objects_are_measured_with_one_wait_a_batch(weight, images):
+def test_padding_is_not_measured_and_each_batch_synchronizes_once(weight, images):
     batch, prediction = batch_and_prediction(weight)
     logger = ImageMetricsLogger()
     logger.metrics = {name: ImageMetrics() for name in EVALUATION_SETS}
@@ -42,7 +42,7 @@ def test_only_real_objects_are_measured_with_one_wait_a_batch(weight, images):
         assert metric.compute().psnr == pytest.approx(float(expected.mean()))
 
 
-def test_the_rows_of_the_first_real_objects_are_kept_and_no_more_is_read_then():
+def test_only_rows_of_the_first_objects_are_kept():
     batch, prediction = batch_and_prediction([0.0, 1.0])
     logger = ViewLogger(objects=2)
     logger.on_validation_epoch_start(*LIGHTNING)
