@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.assets.asset_list import Asset
+from data_tools.assets.demo_library import make_demo_assets
 from data_tools.assets.fetch import add_parser as add_fetch_parser
 from data_tools.assets.fetch import fetch
 from data_tools.assets.scan import find_assets
 from data_tools.blender.process import SAMPLES_PER_S, Limits, time_limit_s
+from data_tools.layouts.registry import LAYOUTS, get_layout
 from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES, parse_rule
+from data_tools.quality.report import inspect
+from data_tools.quality.validate import validate
 from data_tools.rendering.cameras import PRESETS
 from data_tools.rendering.launch import add_parser as add_launch_parser
 from data_tools.rendering.launch import launch
 from data_tools.rendering.resume import plan_folder
 from data_tools.rendering.settings import RenderSettings, check_settings, recorded_count
 from data_tools.rendering.shard_plan import default_held_out, default_shard_size
-from data_tools.shards import convert
+from data_tools.shards.convert import convert
+from data_tools.shards.index import index_folder
+from data_tools.shards.repack import repack
 from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.errors import InputError
 from lrm_pl.paths import escape_names, user_path
@@ -32,9 +38,11 @@ if TYPE_CHECKING:
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
 
-
 #: Commands that can be resumed after an interruption.
 _RESUMABLE = ("render", "fetch")
+
+#: Maximum value of ``--jobs``.
+_MAX_JOBS = 100_000
 
 
 class _Terminated(KeyboardInterrupt):
@@ -56,53 +64,49 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     args = _parser().parse_args(argv)
+    problem: Exception
     try:
-        if args.command == "render":
-            _render(args)
-        elif args.command == "launch":
-            rendering = _parser().parse_args(["render", *args.arguments])
-            settings, assets = _settings(rendering)
-            check_settings(rendering.out, settings)
-            plan_folder(rendering.out, settings, assets, rendering.assets)
-            launch(args, rendering.out)
-        elif args.command == "validate":
-            from data_tools.quality.validate import validate
-
-            return 1 if validate(args.shards, args.jobs) else 0
-        elif args.command == "inspect":
-            from data_tools.quality.report import inspect
-
-            inspect(args.shards)
-        elif args.command == "index":
-            from data_tools.shards.index import index_folder
-
-            index_folder(args.folder, args.jobs)
-        elif args.command in ("repack", "merge"):
-            from data_tools.shards.repack import repack
-
-            repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
-        elif args.command == "fetch":
-            fetch(args)
-        elif args.command == "convert":
-            convert.run(args)
-        else:
-            _demo_assets(args)
+        return _run(args)
     except (FileExistsError, NotADirectoryError) as error:
-        return _report(InputError(f"a folder at {error.filename}", "a file", "choose another path"))
+        problem = InputError(f"a folder at {error.filename}", "a file", "choose another path")
     except PermissionError as error:
-        return _report(InputError(f"access to {error.filename}", "no permission", "choose another path"))
+        problem = InputError(f"access to {error.filename}", "no permission", "choose another path")
     except (InputError, OSError) as error:
-        return _report(error)
+        problem = error
     except KeyboardInterrupt as stop:
         purpose = "to resume" if args.command in _RESUMABLE else "to start over"
         print(f"interrupted; run the same command again {purpose}", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
-    return 0
-
-
-def _report(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {problem}", file=sys.stderr)
     return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "render":
+        _render(args)
+    elif args.command == "launch":
+        render_args = _parser().parse_args(["render", *args.arguments])
+        settings, assets = _settings(render_args)
+        check_settings(render_args.out, settings)
+        plan_folder(render_args.out, settings, assets, render_args.assets)
+        launch(args, render_args.out)
+    elif args.command == "validate":
+        return 1 if validate(args.shards, args.jobs) else 0
+    elif args.command == "inspect":
+        inspect(args.shards)
+    elif args.command == "index":
+        index_folder(args.folder, args.jobs)
+    elif args.command in ("repack", "merge"):
+        repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
+    elif args.command == "fetch":
+        fetch(args)
+    elif args.command == "convert":
+        layout = get_layout(args.layout, args.folder, args.res, args.views, args.masks)
+        resolution = None if args.layout == "mvimgnet" else args.res
+        convert(layout, args.folder, args.out, resolution, args.shard_size, args.held_out)
+    else:
+        make_demo_assets(args.package, args.out)
+    return 0
 
 
 def _render(args: argparse.Namespace) -> None:
@@ -110,19 +114,21 @@ def _render(args: argparse.Namespace) -> None:
     from data_tools.rendering.ray_pool import PoolOptions  # imports Ray, which is slow
 
     settings, assets = _settings(args)
-    limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
+    time_s = time_limit_s(settings) if args.time_limit is None else args.time_limit
+    limits = Limits(time_s, args.memory_limit)
     render(assets, args.out, PoolOptions(args.assets, settings, args.jobs, limits))
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
     assets = find_assets(args.assets, args.out)
-    held_out = getattr(args, "held_out", None)
+    held_out = args.held_out
     if held_out is None:
         held_out = recorded_count(args.out, "held_out")
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
-    normalize = getattr(args, "normalize", PRESETS[args.preset].normalize)
-    rules = (*DEFAULT_RULES, CROPPED_RULE) if PRESETS[args.preset].shows_whole(normalize) else DEFAULT_RULES
+    preset = PRESETS[args.preset]
+    normalize = args.normalize or preset.normalize
+    default_rules = (*DEFAULT_RULES, CROPPED_RULE) if preset.shows_whole(normalize) else DEFAULT_RULES
     settings = RenderSettings(
         preset=args.preset,
         normalize=normalize,
@@ -135,17 +141,11 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         depth=args.depth,
         normals=args.normals,
         surface=args.surface,
-        rules=tuple(getattr(args, "rules", rules)),
+        rules=default_rules if args.rules is None else tuple(args.rules),
     )
     if not settings.shard_size:
         settings = dataclasses.replace(settings, shard_size=default_shard_size(settings.object_bytes))
     return settings, assets
-
-
-def _demo_assets(args: argparse.Namespace) -> None:
-    from data_tools.assets.demo_library import make_demo_assets
-
-    make_demo_assets(args.package, args.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,13 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspection(commands)
     _add_repack(commands)
     add_fetch_parser(commands)
-    convert.add_parser(commands)
+    _add_convert(commands)
     _add_demo_assets(commands)
     return parser
 
 
 def _add_render(commands: "Commands") -> None:
-    render = commands.add_parser(
+    add = commands.add_parser(
         "render",
         help="render a folder of meshes into shards with Blender Cycles",
         description=(
@@ -176,110 +176,75 @@ def _add_render(commands: "Commands") -> None:
             "rejected shards. OUT/filter.parquet holds the measures of all objects. If RAY_ADDRESS is set, Blender "
             "runs on that Ray cluster."
         ),
-    )
-    render.add_argument(
-        "--assets",
-        type=user_path,
-        default=DEMO_ASSETS,
-        help="folder of meshes, searched recursively (default: %(default)s)",
-    )
-    render.add_argument(
-        "--out", type=user_path, default=Path("data/demo"), help="output folder (default: %(default)s)"
-    )
-    render.add_argument(
-        "--views", type=_between(1, 999), default=16, help="views per object (default: %(default)s)"
-    )
-    render.add_argument(
-        "--res",
-        type=_between(8, 4096),
-        default=128,
-        help="width and height of the views, in pixels (default: %(default)s)",
-    )
-    render.add_argument("--depth", action="store_true", help="store a depth map for each view")
-    render.add_argument("--normals", action="store_true", help="store a normal map for each view")
-    render.add_argument(
-        "--surface", action="store_true", help="store surface points of each object, for `lrm evaluate`"
-    )
-    render.add_argument(
-        "--samples",
-        type=_between(1, 65536),
-        default=16,
-        help="Cycles samples per pixel (default: %(default)s)",
-    )
-    render.add_argument(
+    ).add_argument
+    default = "(default: %(default)s)"
+    add("--assets", type=user_path, default=DEMO_ASSETS, help=f"folder to search for meshes {default}")
+    add("--out", type=user_path, default=Path("data/demo"), help=f"output folder {default}")
+    add("--views", type=_between(1, 999), default=16, help=f"views per object {default}")
+    add("--res", type=_between(8, 4096), default=128, help=f"view width and height in pixels {default}")
+    add("--depth", action="store_true", help="store a depth map for each view")
+    add("--normals", action="store_true", help="store a normal map for each view")
+    add("--surface", action="store_true", help="store surface points of each object, for `lrm evaluate`")
+    add("--samples", type=_between(1, 65536), default=16, help=f"Cycles samples per pixel {default}")
+    add(
         "--jobs",
-        type=_between(1, 100_000),
+        type=_between(1, _MAX_JOBS),
         help="maximum number of Blender processes (default: one per GPU, or one per two CPUs, at least two)",
     )
-    render.add_argument(
-        "--preset", choices=sorted(PRESETS), default="frame", help="camera preset (default: %(default)s)"
-    )
-    render.add_argument(
+    add("--preset", choices=sorted(PRESETS), default="frame", help=f"camera preset {default}")
+    add(
         "--normalize",
         choices=("sphere", "cube"),
-        default=argparse.SUPPRESS,
         help="normalize objects to a bounding sphere of radius 1 or to a longest side of 2 (default: by preset)",
     )
-    render.add_argument(
-        "--seed",
-        type=_between(0, 2**31 - 1),
-        default=0,
-        help="seed of the cameras and of Cycles (default: %(default)s)",
-    )
-    render.add_argument(
-        "--held-out",
-        type=_between(0, 10**6),
-        default=argparse.SUPPRESS,
-        help="objects in the validation split (default: one sixth, at most 8)",
-    )
-    render.add_argument(
-        "--shard-size",
-        type=_between(1, 10**6),
-        help="objects per shard (default: shards of at most about 256 MB)",
-    )
-    render.add_argument(
+    add("--seed", type=_between(0, 2**31 - 1), default=0, help=f"seed of the cameras and of Cycles {default}")
+    _add_plan(add, held_out="default: one sixth, at most 8")
+    add(
         "--time-limit",
         type=float,
-        default=argparse.SUPPRESS,
         metavar="SECONDS",
         help=f"time limit per object (default: {Limits.time_s:g} s + views * res^2 * samples / {SAMPLES_PER_S:,})",
     )
-    render.add_argument(
+    add(
         "--memory-limit",
         type=float,
         default=Limits.memory_gb,
         metavar="GB",
-        help="memory limit per object (default: %(default)s GB)",
+        help=f"memory limit per object {default}",
     )
-    render.add_argument(
+    add(
         "--rules",
         type=_rule,
         nargs="*",
-        default=argparse.SUPPRESS,
         metavar="RULE",
         help="rules that objects must satisfy; others are rejected. A rule compares a measure of OUT/filter.parquet "
         f"with a number (default: {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} for presets that show whole objects)",
     )
 
 
+def _add_plan(add: Callable[..., argparse.Action], held_out: str) -> None:
+    """Add the options of ``shard_plan``."""
+    add("--held-out", type=_between(0, 10**6), help=f"objects in the validation split ({held_out})")
+    add("--shard-size", type=_between(1, 10**6), help="objects per shard (default: at most about 256 MB)")
+
+
 def _add_inspection(commands: "Commands") -> None:
-    folder = argparse.ArgumentParser(add_help=False)
+    folder, jobs = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
     folder.add_argument(
-        "--shards",
-        type=user_path,
-        default=Path("data/demo"),
-        help="folder of shards (default: %(default)s)",
+        "--shards", type=user_path, default=Path("data/demo"), help="folder of shards (default: %(default)s)"
     )
-    check = commands.add_parser(
+    jobs.add_argument(
+        "--jobs", type=_between(1, _MAX_JOBS), help="number of processes (default: number of CPU cores)"
+    )
+    commands.add_parser(
         "validate",
-        parents=[folder],
+        parents=[folder, jobs],
         help="check every byte of a folder of shards",
         description=(
             "Check sizes, hashes, members, schema and images, and whether the cameras are consistent with the images. "
             "Problems are reported by shard and sample. The exit status is 1 if there are any."
         ),
     )
-    check.add_argument("--jobs", type=int, help="number of processes (default: number of CPU cores)")
     commands.add_parser(
         "inspect",
         parents=[folder],
@@ -291,6 +256,7 @@ def _add_inspection(commands: "Commands") -> None:
     )
     index = commands.add_parser(
         "index",
+        parents=[jobs],
         help="make shards written with plain webdataset ready for training",
         description=(
             "Check the tar shards in FOLDER and write a member index for each, and manifest.json. Shards whose names "
@@ -298,7 +264,6 @@ def _add_inspection(commands: "Commands") -> None:
         ),
     )
     index.add_argument("folder", type=user_path, metavar="FOLDER", help="folder of tar shards")
-    index.add_argument("--jobs", type=int, help="number of processes (default: number of CPU cores)")
 
 
 def _add_repack(commands: "Commands") -> None:
@@ -306,31 +271,20 @@ def _add_repack(commands: "Commands") -> None:
         ("repack", "change the resolution, shard size or split of shards without rendering"),
         ("merge", "join several folders of shards"),
     ):
-        parser = commands.add_parser(
+        add = commands.add_parser(
             name,
             help=summary,
             description="Write one folder of shards from others. Images whose size does not change keep their bytes.",
-        )
-        parser.add_argument(
-            "--shards", type=user_path, nargs="+", required=True, help="input folders of shards"
-        )
-        parser.add_argument("--out", type=user_path, required=True, help="output folder")
-        parser.add_argument(
+        ).add_argument
+        add("--shards", type=user_path, nargs="+", required=True, help="input folders of shards")
+        add("--out", type=user_path, required=True, help="output folder")
+        add(
             "--res",
             type=_between(8, 4096),
-            help="width and height of the views, in pixels (default: unchanged)",
+            help="view width and height in pixels (default: unchanged)",
         )
-        parser.add_argument(
-            "--shard-size",
-            type=_between(1, 10**6),
-            help="objects per shard (default: shards of at most about 256 MB)",
-        )
-        parser.add_argument(
-            "--held-out",
-            type=_between(0, 10**6),
-            help="objects in the validation split, selected again (default: unchanged)",
-        )
-        parser.add_argument(
+        _add_plan(add, held_out="selected again; default: unchanged")
+        add(
             "--where",
             type=_rule,
             nargs="+",
@@ -340,19 +294,35 @@ def _add_repack(commands: "Commands") -> None:
         )
 
 
+def _add_convert(commands: "Commands") -> None:
+    add = commands.add_parser(
+        "convert",
+        help="convert image folders of other projects to shards",
+        description=(
+            "Convert views in the layout of OpenLRM, Zero-1-to-3, InstantMesh or MVImgNet to shards. Objects that "
+            "cannot be used are skipped and listed in OUT/failures.jsonl."
+        ),
+    ).add_argument
+    add("--from", dest="layout", choices=LAYOUTS, required=True, help="layout of FOLDER")
+    add("--folder", type=user_path, required=True, help="folder of the objects")
+    add("--out", type=user_path, required=True, help="output folder")
+    _add_plan(add, held_out="default: one sixth, at most 8")
+    add("--res", type=int, help="view width and height in pixels (default: unchanged; mvimgnet: 512)")
+    add("--views", type=int, help="mvimgnet: views per object, evenly spaced (default: 24)")
+    add("--masks", type=user_path, help="mvimgnet: folder of masks (default: folder masks of each instance)")
+
+
 def _add_demo_assets(commands: "Commands") -> None:
-    demo = commands.add_parser(
+    add = commands.add_parser(
         "demo-assets",
         help="create the demo assets from the Debian package sweethome3d-furniture",
         description=(
             "Create the folder of demo assets (GLB files, assets.csv, LICENSE.txt), with reproducible bytes. "
             "`apt-get download sweethome3d-furniture` downloads the package."
         ),
-    )
-    demo.add_argument("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
-    demo.add_argument(
-        "--out", type=user_path, default=DEMO_ASSETS, help="output folder (default: %(default)s)"
-    )
+    ).add_argument
+    add("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
+    add("--out", type=user_path, default=DEMO_ASSETS, help="output folder (default: %(default)s)")
 
 
 def _rule(text: str) -> str:

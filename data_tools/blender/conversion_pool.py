@@ -1,23 +1,25 @@
 """Pool of Blender processes that convert OBJ models to GLB. If a process crashes, only the current model fails.
 
-Blender is not imported in the calling process. A Blender process receives ``ConversionTask`` objects through a pipe and
-returns an error or "".
+Blender is not imported in the calling process.
 """
 
 import dataclasses
 import multiprocessing
 import os
-import queue
+import signal
 import tempfile
+import threading
+import time
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from data_tools.assets.archives import extract
 from lrm_pl.data.manifest import write_atomically
+from lrm_pl.orphans import end_with_parent
 
 #: Time limit per model in seconds. The conversion of most models takes less than a second.
 TIME_LIMIT_S = 300.0
@@ -55,17 +57,20 @@ def convert_all(
     Yields:
         A tuple (task, error) when a model is complete or has failed. The error is "" if the model was converted.
     """
-    processes = [_Process(log) for _ in range(jobs)]
-    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-    for process in processes:
-        idle.put(process)
+    local = threading.local()  # each thread uses a process, which is started again after a crash
 
     def convert(task: ConversionTask) -> str:
-        process = idle.get()
+        if not hasattr(local, "process"):
+            context = multiprocessing.get_context("spawn")
+            local.process = ProcessPoolExecutor(1, context, initializer=_start_process, initargs=(log,))
+        start = time.monotonic()
         try:
-            return process.convert(task)
-        finally:
-            idle.put(process)
+            return local.process.submit(_convert, task, TIME_LIMIT_S).result()
+        except BrokenProcessPool:
+            del local.process
+            if time.monotonic() - start < TIME_LIMIT_S:
+                return f"Blender crashed: see {log}"
+            return f"timeout: conversion took longer than {TIME_LIMIT_S:g} s"
 
     with ThreadPoolExecutor(jobs) as threads:
         futures = {threads.submit(convert, task): task for task in tasks}
@@ -73,70 +78,35 @@ def convert_all(
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            for future in futures:
-                future.cancel()
-            for process in processes:
-                process.kill()
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
-class _Process:
-    """A Blender process that is started on first use and restarted after a crash."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._context = multiprocessing.get_context("spawn")
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection
-
-    def convert(self, task: ConversionTask) -> str:
-        if self._process is None or not self._process.is_alive():
-            self._pipe, child_pipe = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(child_pipe, self._log), daemon=True)
-            self._process.start()
-            child_pipe.close()  # otherwise, the end of the process would not be detected
-        try:
-            self._pipe.send(task)
-            if self._pipe.poll(TIME_LIMIT_S):
-                return self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            return f"Blender crashed: exit status {self._process.exitcode}; see {self._log}"
-        self.kill()
-        return f"timeout: conversion took longer than {TIME_LIMIT_S:g} s"
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-
-def _serve(pipe: Connection, log: Path) -> None:
+def _start_process(log: Path) -> None:
+    """Redirect the output of a process to the log."""
+    end_with_parent()
     with open(log, "ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:  # the driver has exited
-            return
-        print(f"--- {task.id}", flush=True)
-        try:
-            _convert(task)
-        except Exception as error:  # Blender's importers can raise any exception
-            traceback.print_exc()
-            pipe.send(f"conversion failed: {type(error).__name__}: {str(error).strip()}")
-        else:
-            pipe.send("")
 
 
-def _convert(task: ConversionTask) -> None:
-    from data_tools.blender.convert import convert_to_glb  # imports Blender, which is slow
+def _convert(task: ConversionTask, time_limit_s: float) -> str:
+    """Convert a model and return the error, or "". If the time limit is exceeded, SIGALRM kills the process."""
+    print(f"--- {task.id}", flush=True)
+    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    try:
+        with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(task.archive) as archive:
+            folder, textures = Path(name) / "model", Path(name) / "textures"
+            folder.mkdir()
+            textures.mkdir()
+            extract(archive, task.members, folder)
+            glb = Path(name) / "model.glb"
+            from data_tools.blender.convert import convert_to_glb  # imports Blender, which is slow
 
-    with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(task.archive) as archive:
-        folder, textures = Path(name) / "model", Path(name) / "textures"
-        folder.mkdir()
-        textures.mkdir()
-        extract(archive, task.members, folder)
-        glb = Path(name) / "model.glb"
-        convert_to_glb(folder / task.obj, glb, textures)
-        write_atomically(task.glb, glb.read_bytes())
+            convert_to_glb(folder / task.obj, glb, textures)
+            write_atomically(task.glb, glb.read_bytes())
+    except Exception as error:  # Blender's importers can raise any exception
+        traceback.print_exc()
+        return f"conversion failed: {type(error).__name__}: {str(error).strip()}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return ""

@@ -6,6 +6,7 @@ from pathlib import Path
 import bpy
 from PIL import Image
 
+from data_tools.blender.materials import principled_shaders
 from lrm_pl.color_spaces import srgb_to_linear
 
 # isort: split
@@ -61,9 +62,9 @@ def _remove_duplicate_faces(mesh: bpy.types.Mesh) -> None:
 def _make_matte(material: bpy.types.Material, scratch: Path) -> None:
     """Replace a material by a matte material with the same color, texture and opacity."""
     tree = material.node_tree
-    shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
+    (shader,) = principled_shaders(material)
     # Kd is an sRGB color in these files, but Blender reads it as a linear color
-    color = (*(float(srgb_to_linear(x)) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
+    color = (*srgb_to_linear(shader.inputs["Base Color"].default_value[:3]), 1.0)
     texture = next(
         (link.from_node.image for link in tree.links if link.to_socket == shader.inputs["Base Color"]), None
     )
@@ -73,19 +74,13 @@ def _make_matte(material: bpy.types.Material, scratch: Path) -> None:
     output = tree.nodes.new("ShaderNodeOutputMaterial")
     matte = tree.nodes.new("ShaderNodeBsdfPrincipled")
     tree.links.new(matte.outputs["BSDF"], output.inputs["Surface"])
-    matte.inputs["Base Color"].default_value = color
-    matte.inputs["Alpha"].default_value = alpha
-    matte.inputs["Metallic"].default_value = 0.0
-    matte.inputs["Roughness"].default_value = 1.0
-    matte.inputs["Specular IOR Level"].default_value = 0.0
+    constants = {"Metallic": 0.0, "Roughness": 1.0, "Specular IOR Level": 0.0}
+    for name, value in ({"Base Color": color, "Alpha": alpha} | constants).items():
+        matte.inputs[name].default_value = value
     if texture is not None:
         node = tree.nodes.new("ShaderNodeTexImage")
-        node.image = bpy.data.images.load(
-            os.fspath(
-                _resize(Path(bpy.path.abspath(texture.filepath)), scratch, keep_alpha=alpha_is_textured)
-            ),
-            check_existing=True,
-        )
+        resized = _resize(Path(bpy.path.abspath(texture.filepath)), scratch, keep_alpha=alpha_is_textured)
+        node.image = bpy.data.images.load(os.fspath(resized), check_existing=True)
         tree.links.new(node.outputs["Color"], matte.inputs["Base Color"])
         if alpha_is_textured:
             tree.links.new(node.outputs["Alpha"], matte.inputs["Alpha"])
@@ -100,8 +95,5 @@ def _resize(texture: Path, scratch: Path, *, keep_alpha: bool) -> Path:
         small = image.convert("RGBA" if keep_alpha else "RGB")
     small.thumbnail((MAX_TEXTURE_SIDE, MAX_TEXTURE_SIDE), Image.Resampling.LANCZOS)
     path = scratch / (texture.stem + (".png" if keep_alpha else ".jpg"))
-    if keep_alpha:
-        small.save(path, optimize=True)
-    else:
-        small.save(path, quality=85, subsampling=0)
+    small.save(path, **({"optimize": True} if keep_alpha else {"quality": 85, "subsampling": 0}))
     return path

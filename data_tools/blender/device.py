@@ -29,8 +29,3 @@ def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
             return backend.lower()
     preferences.compute_device_type = "NONE"
     return "cpu"
-
-
-def cycles_device(device: str) -> str:
-    """Return the value of ``scene.cycles.device`` for a device name from ``enable_gpus``."""
-    return "CPU" if device == "cpu" else "GPU"

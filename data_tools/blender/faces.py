@@ -10,6 +10,7 @@ import numpy.typing as npt
 # isort: split
 import bmesh  # available only after bpy is imported
 
+from data_tools.blender.attributes import read_floats, read_ints, read_triangles, transform
 from data_tools.blender.materials import is_opaque
 
 #: Distance below which corners coincide, as a fraction of the longest side of the object.
@@ -50,21 +51,19 @@ def cull_back_faces() -> bool:
             continue
         nodes, links = material.node_tree.nodes, material.node_tree.links
         surface = output.inputs["Surface"].links[0].from_socket
-        hidden = nodes.new("ShaderNodeNewGeometry").outputs["Backfacing"]
-        if all(-math.inf < volume < 0 for volume in volumes):
-            other = nodes.new("ShaderNodeMath")
-            other.operation = "SUBTRACT"  # 0 for camera rays, 1 for all other rays
-            other.inputs[0].default_value = 1.0
-            links.new(nodes.new("ShaderNodeLightPath").outputs["Is Camera Ray"], other.inputs[1])
-            both = nodes.new("ShaderNodeMath")
-            both.operation = "MAXIMUM"
-            links.new(hidden, both.inputs[0])
-            links.new(other.outputs["Value"], both.inputs[1])
-            hidden = both.outputs["Value"]
+        transparent = nodes.new("ShaderNodeBsdfTransparent").outputs["BSDF"]
+        backfacing = nodes.new("ShaderNodeNewGeometry").outputs["Backfacing"]
         mix = nodes.new("ShaderNodeMixShader")
-        links.new(hidden, mix.inputs[0])
-        links.new(surface, mix.inputs[1])
-        links.new(nodes.new("ShaderNodeBsdfTransparent").outputs["BSDF"], mix.inputs[2])
+        if all(-math.inf < volume < 0 for volume in volumes):
+            visible = nodes.new("ShaderNodeMath")  # 1 for camera rays that hit the front side
+            visible.operation = "GREATER_THAN"
+            links.new(nodes.new("ShaderNodeLightPath").outputs["Is Camera Ray"], visible.inputs[0])
+            links.new(backfacing, visible.inputs[1])
+            sources = visible.outputs["Value"], transparent, surface
+        else:
+            sources = backfacing, surface, transparent
+        for source, target in zip(sources, mix.inputs, strict=True):
+            links.new(source, target)
         links.new(mix.outputs["Shader"], output.inputs["Surface"])
     return one_sided
 
@@ -75,11 +74,10 @@ def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:
     The number is negative if the faces point inward, 0 if there are no faces, and minus infinity if the surface is
     open, which means that an edge does not belong to two faces with consistent orientation.
     """
-    slots = [index for index, one in enumerate(mesh.materials) if one == material]
-    if not slots:
+    if material not in mesh.materials[:]:
         return 0.0
-    points, corners, slot = _geometry(mesh)
-    corners = corners[np.isin(slot, slots)]
+    points, corners, slots = read_triangles(mesh)
+    corners = corners[np.array([one == material for one in mesh.materials])[slots]]
     if not len(corners):
         return 0.0
     scale = max(float(np.ptp(points, axis=0).max()), 1e-30)
@@ -96,35 +94,14 @@ def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:
     return float((np.cross(a, b) * c).sum())
 
 
-def _geometry(
-    mesh: bpy.types.Mesh,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return vertex positions, triangles, and the material slot of each triangle."""
-    points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
-    mesh.vertices.foreach_get("co", points)
-    mesh.calc_loop_triangles()
-    corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
-    mesh.loop_triangles.foreach_get("vertices", corners)
-    slots = np.empty(len(mesh.loop_triangles), dtype=np.int32)
-    mesh.loop_triangles.foreach_get("material_index", slots)
-    return points.reshape(-1, 3).astype(np.float64), corners.reshape(-1, 3).astype(np.int64), slots
-
-
 def flip_opposed_normals() -> None:
     """Flip custom normals that point to the back of a face, because Cycles renders them black."""
     for mesh in {obj.data: None for obj in visible_meshes()}:
         if not mesh.has_custom_normals:
             continue
-        corners, faces = (
-            np.empty((len(mesh.loops), 3), np.float32),
-            np.empty((len(mesh.polygons), 3), np.float32),
-        )
-        mesh.corner_normals.foreach_get("vector", corners.reshape(-1))
-        mesh.polygons.foreach_get(
-            "normal", faces.reshape(-1)
-        )  # computed from the geometry, unlike polygon_normals
-        counts = np.empty(len(mesh.polygons), dtype=np.int32)
-        mesh.polygons.foreach_get("loop_total", counts)
+        corners = read_floats(mesh.corner_normals, "vector")
+        faces = read_floats(mesh.polygons, "normal")  # computed from the geometry, unlike polygon_normals
+        counts = read_ints(mesh.polygons, "loop_total")
         opposed = (corners * np.repeat(faces, counts, axis=0)).sum(axis=1) < 0
         if opposed.any():
             corners[opposed] *= -1
@@ -221,12 +198,7 @@ def _offset_faces(mesh: bpy.types.Mesh, levels: npt.NDArray[np.int16], step: flo
 
 
 def _longest_side(objects: list[bpy.types.Object]) -> float:
-    corners = []
-    for obj in objects:
-        matrix = np.array(obj.matrix_world, dtype=np.float64)
-        corners.append(
-            np.array([list(corner) for corner in obj.bound_box]) @ matrix[:3, :3].T + matrix[:3, 3]
-        )
+    corners = [transform(np.array(obj.bound_box), np.array(obj.matrix_world)) for obj in objects]
     return float(np.ptp(np.concatenate(corners), axis=0).max())
 
 
@@ -245,28 +217,21 @@ def _faces(
     """
     mesh = obj.data
     posed = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
-    points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
-    (posed if len(posed.vertices) == len(mesh.vertices) else mesh).vertices.foreach_get("co", points)
+    points = read_floats((posed if len(posed.vertices) == len(mesh.vertices) else mesh).vertices, "co")
     matrix = np.array(obj.matrix_world, dtype=np.float64)
-    world = points.reshape(-1, 3).astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+    world = transform(points.astype(np.float64), matrix)
     cells = np.rint(world / max(size * _COINCIDENT, 1e-30)).astype(np.int64).astype(np.uint64)
     hashes = _mix_bits(cells[:, 0] ^ _mix_bits(cells[:, 1] ^ _mix_bits(cells[:, 2])))
-    loops = np.empty(len(mesh.loops), dtype=np.int32)
-    mesh.loops.foreach_get("vertex_index", loops)
-    starts = np.empty(len(mesh.polygons), dtype=np.int32)
-    mesh.polygons.foreach_get("loop_start", starts)
-    slots = np.empty(len(mesh.polygons), dtype=np.int32)
-    mesh.polygons.foreach_get("material_index", slots)
     materials = [slot.material for slot in obj.material_slots] or [None]
-    slots = slots.clip(0, len(materials) - 1)
-    normals = np.empty(len(mesh.polygons) * 3, dtype=np.float32)
-    mesh.polygons.foreach_get("normal", normals)
-    orientations = normals.reshape(-1, 3) @ np.linalg.pinv(matrix[:3, :3])  # inverse transpose
+    slots = read_ints(mesh.polygons, "material_index").clip(0, len(materials) - 1)
+    orientations = read_floats(mesh.polygons, "normal") @ np.linalg.pinv(matrix[:3, :3])  # inverse transpose
     largest = np.abs(orientations).argmax(axis=1)
     side = 1 + 2 * largest + (np.take_along_axis(orientations, largest[:, None], 1)[:, 0] > 0)
     one_sided = np.array([bool(m and m.use_backface_culling) for m in materials])
     return (
-        np.add.reduceat(hashes[loops], starts),
+        np.add.reduceat(
+            hashes[read_ints(mesh.loops, "vertex_index")], read_ints(mesh.polygons, "loop_start")
+        ),
         np.where(one_sided[slots], side, 0).astype(np.uint8),
         np.array([m.as_pointer() if m else 0 for m in materials], dtype=np.int64)[slots],
         np.array([is_opaque(m) for m in materials])[slots],

@@ -3,13 +3,14 @@
 ``data_tools/blender/README.md`` lists the corrections. The module requires ``bpy``.
 """
 
+import contextlib
 import copy
 import json
 import re
 import struct
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -25,6 +26,18 @@ GLTF_SUFFIXES = (".glb", ".gltf")
 _SHEARED = 1e-4
 
 
+@contextlib.contextmanager
+def _invalid_file_errors() -> Iterator[None]:
+    """Convert the exceptions that an invalid file causes to ``AssetError``."""
+    try:
+        yield
+    except AssetError:
+        raise
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise AssetError(expected="a valid glTF 2.0 file", found=repr(error)) from error
+
+
+@_invalid_file_errors()
 def external_uris(path: Path) -> list[str]:
     """Return the decoded URIs of the external buffers and images of a glTF file.
 
@@ -32,42 +45,35 @@ def external_uris(path: Path) -> list[str]:
         AssetError: The file is invalid or a glTF 1.0 file.
     """
     record = _read_json(path)
-    try:
-        if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
-            raise AssetError(expected="glTF 2.0", found="version 1.0", remedy="convert the file")
-        found = [
-            str(entry.get("uri", "")) for field in ("buffers", "images") for entry in record.get(field, ())
-        ]
-    except (AttributeError, TypeError) as error:
-        raise AssetError(f"invalid JSON: {error}") from error
-    return [unquote(uri) for uri in found if uri and not _is_inline(uri)]
+    if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
+        raise AssetError(expected="glTF 2.0", found="version 1.0", remedy="convert the file")
+    return [unquote(entry["uri"]) for entry in _external_entries(record)]
+
+
+def _external_entries(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return buffers and images in files. Blender's importer treats all URIs except base64 data as paths."""
+    return [
+        entry
+        for entry in (*record.get("buffers", ()), *record.get("images", ()))
+        if (uri := entry.get("uri")) and not (uri.startswith("data:") and ";base64," in uri)
+    ]
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
-    try:
-        return json.loads(_json_of_glb(path) if path.suffix.lower() == ".glb" else path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, AssetError):
-            raise
-        raise AssetError(f"invalid JSON: {error}") from error
-
-
-def _json_of_glb(path: Path) -> bytes:
-    """Return the JSON chunk of a binary glTF file (glTF 2.0 specification, section 4.4)."""
+    """Read a glTF file, or the JSON chunk of a binary glTF file (glTF 2.0 specification, section 4.4)."""
+    if path.suffix.lower() != ".glb":
+        return json.loads(path.read_bytes())
     with open(path, "rb") as file:
         head = file.read(20)
         if len(head) < 20 or head[:4] != b"glTF":
             raise AssetError(expected="a binary glTF file", found="another file type")
-        if (version := struct.unpack("<I", head[4:8])[0]) != 2:
+        _, version, _, size, _ = struct.unpack("<4s4I", head)
+        if version != 2:
             raise AssetError(expected="glTF 2.0", found=f"version {version}.0", remedy="convert the file")
-        return file.read(struct.unpack("<I", head[12:16])[0])
+        return json.loads(file.read(size))
 
 
-def _is_inline(uri: str) -> bool:
-    """Return whether a URI contains base64 data. Blender's importer treats all other URIs as file paths."""
-    return uri.startswith("data:") and ";base64," in uri
-
-
+@_invalid_file_errors()
 def prepare_gltf(path: Path, scratch: Path) -> Path:
     """Correct the JSON of a glTF file for Blender's importer.
 
@@ -82,20 +88,15 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
         AssetError: The file is not a valid glTF 2.0 file.
     """
     record = _read_json(path)
-    try:
-        before = copy.deepcopy(record)
-        for primitive in (one for mesh in record.get("meshes", ()) for one in mesh["primitives"]):
-            _correct_attributes(primitive, record)
-        _split_sheared_nodes(record)
-        if record == before:
-            return path
-        for entry in (one for field in ("buffers", "images") for one in record.get(field, ())):
-            uri = entry.get("uri")
-            # Paths in the corrected file are absolute, so that they refer to the files that were checked.
-            if uri and not _is_inline(uri):
-                entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise AssetError(f"invalid glTF 2.0: {error!r}") from error
+    before = copy.deepcopy(record)
+    for primitive in (one for mesh in record.get("meshes", ()) for one in mesh["primitives"]):
+        _correct_attributes(primitive, record)
+    _split_sheared_nodes(record)
+    if record == before:
+        return path
+    for entry in _external_entries(record):
+        # Paths in the corrected file are absolute, so that they refer to the files that were checked.
+        entry["uri"] = quote(str(path.parent.absolute() / unquote(entry["uri"])))
     text = json.dumps(record).encode()
     if path.suffix.lower() == ".glb":
         text += b" " * (-len(text) % 4)

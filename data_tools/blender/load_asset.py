@@ -16,6 +16,7 @@ import numpy.typing as npt
 from data_tools.assets import obj_materials, ply
 from data_tools.assets.asset_list import AssetError, UpAxis
 from data_tools.blender import faces, gltf, materials, textures
+from data_tools.blender.attributes import read_triangles, transform
 from data_tools.quality.measures import MeshMeasures
 from lrm_pl.conventions import Normalization
 
@@ -76,8 +77,8 @@ def load_asset(
     if suffix == ".fbx":
         materials.correct_fbx(path)
     if suffix not in gltf.GLTF_SUFFIXES:
-        has_colors = materials.apply_vertex_colors()
-        missing += [] if has_colors else undefined
+        if not materials.apply_vertex_colors():
+            missing += undefined
         textures.clamp_textures(clamped)
     images = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _reject_files_outside(root, Path.cwd(), images)
@@ -127,16 +128,14 @@ def _reject_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
     """
     for file in files:
         for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
-            path = Path(
-                os.path.normpath(folder.absolute() / written)
-            )  # symbolic links are allowed and not resolved
-            if os.path.exists(path) and not any(
-                path.is_relative_to(inside) for inside in (root, root.resolve())
-            ):
+            # symbolic links are allowed and not resolved
+            path = Path(os.path.normpath(folder.absolute() / written))
+            is_inside = path.is_relative_to(root) or path.is_relative_to(root.resolve())
+            if os.path.exists(path) and not is_inside:
                 raise AssetError(
-                    expected=f"its files in {root}",
+                    expected=f"references to files in {root}",
                     found=f"a reference to {_printable(str(path))}",
-                    remedy="move the file there",
+                    remedy="move the file to this folder",
                 )
 
 
@@ -224,12 +223,14 @@ def _is_hidden(obj: bpy.types.Object) -> bool:
         return True
     if obj.hide_render or obj.hide_viewport or obj.hide_get() or not obj.visible_camera:
         return True
-    materials = [slot.material for slot in obj.material_slots if slot.material]
-    return bool(materials) and len(materials) == len(obj.material_slots) and all(map(_is_clear, materials))
+    materials = [slot.material for slot in obj.material_slots]
+    return bool(materials) and all(map(_is_clear, materials))
 
 
-def _is_clear(material: bpy.types.Material) -> bool:
+def _is_clear(material: bpy.types.Material | None) -> bool:
     """Return whether the alpha of a material is 0 and not controlled by a texture."""
+    if material is None:
+        return False
     found = materials.alpha_inputs(material)
     return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
@@ -270,23 +271,22 @@ def _show_first_frame() -> bool:
 def _import(path: Path, up: str) -> None:
     axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
     importers: dict[str, Callable[[str], set[str]]] = {
-        ".glb": gltf.import_gltf,
-        ".gltf": gltf.import_gltf,
         ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),
         ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file, **axes),
         ".fbx": lambda file: bpy.ops.wm.fbx_import(filepath=file),
     }
     try:
-        outcome = importers[path.suffix.lower()](str(path))
+        outcome = importers.get(path.suffix.lower(), gltf.import_gltf)(str(path))
     except AssetError:
         raise
     except Exception as error:  # importers can raise any exception
         # The reason is the last line of the traceback that is not the location in Blender.
-        lines = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Location:" not in line]
+        reason = lines[-1] if lines else ""
         raise AssetError(
-            f"import failed: {type(error).__name__}: {lines[-1].strip()}",
+            f"import failed: {type(error).__name__}: {reason}",
             remedy="remove the extension with gltf-transform (npm @gltf-transform/cli)"
-            if "Extension" in lines[-1]
+            if "Extension" in reason
             else "",
         ) from error
     if "FINISHED" not in outcome:
@@ -308,24 +308,22 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     flat = [_is_flat(points, corners) for points, corners in meshes]
     # degenerate faces, for example between triangle strips, are not visible
     vertices = np.concatenate(
-        [points[np.unique(corners[~none])] for (points, corners), none in zip(meshes, flat, strict=True)]
+        [points[np.unique(corners[~mask])] for (points, corners), mask in zip(meshes, flat, strict=True)]
     )
     if not len(vertices):
         raise AssetError(expected="mesh faces with an area", found="none")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     center = (low + high) / 2
-    size = (
-        float(np.linalg.norm(vertices - center, axis=1).max())
-        if normalize == "sphere"
-        else float((high - low).max()) / 2
-    )
+    distances = np.linalg.norm(vertices - center, axis=1) if normalize == "sphere" else (high - low) / 2
+    size = float(distances.max())
     if not 1e-12 < size < 1e12:
         raise AssetError(expected="an object of finite, nonzero size", found=f"{size:.3g} units")
-    steps = size / max(float(np.abs(center).max()), 1e-300) * 2**24
+    distance = max(float(np.abs(center).max()), 1e-300)
+    steps = size / distance * 2**24
     if steps < MIN_STEPS:
         raise AssetError(
-            f"the object is {np.abs(center).max() / size:.3g} times its size from the origin, where float32 resolves "
-            f"only {steps:.0f} positions across it",
+            expected=f"at least {MIN_STEPS} float32 positions across the object",
+            found=f"{steps:.0f}, because the object is {distance / size:.3g} times its size from the origin",
             remedy="move it to the origin and export it again",
         )
     triangles = sum(len(corners) for _, corners in meshes)
@@ -338,7 +336,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     bpy.context.scene.collection.objects.link(root)
     root.matrix_world = mathutils.Matrix.Scale(1 / size, 4) @ mathutils.Matrix.Translation(-center)
     bpy.context.view_layer.update()
-    degenerate = sum(int(none.sum()) for none in flat) / triangles
+    degenerate = sum(int(mask.sum()) for mask in flat) / triangles
     return (high - low) / 2 / size, float((high - low).max()), triangles, degenerate
 
 
@@ -363,30 +361,15 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             continue
         mesh = obj.to_mesh()
         if mesh is not None and len(mesh.polygons):
-            flat = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
-            mesh.vertices.foreach_get("co", flat)
-            mesh.calc_loop_triangles()
-            corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
-            mesh.loop_triangles.foreach_get("vertices", corners)
-            corners = _visible_triangles(obj, mesh, corners.reshape(-1, 3))
+            points, corners, slots = read_triangles(mesh)
+            clear = [_is_clear(slot.material) for slot in obj.material_slots]
+            if any(clear):
+                corners = corners[~np.array(clear)[slots.clip(0, len(clear) - 1)]]
             matrix = np.array(instance.matrix_world, dtype=np.float64)
-            used = np.zeros(len(mesh.vertices), dtype=bool)
-            used[corners] = True  # scans and CAD files can contain vertices without faces
-            points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
             if np.linalg.det(matrix[:3, :3]) < 0:
                 corners = corners[:, ::-1]  # mirroring reverses the corner order
             if len(corners):
-                yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners]
+                used = np.zeros(len(points), dtype=bool)
+                used[corners] = True  # scans and CAD files can contain vertices without faces
+                yield transform(points[used], matrix), (np.cumsum(used, dtype=np.int32) - 1)[corners]
         obj.to_mesh_clear()
-
-
-def _visible_triangles(
-    obj: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int32]:
-    """Return the triangles of a mesh whose materials are not fully transparent."""
-    clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in obj.material_slots])
-    if not clear.any():
-        return corners
-    slots = np.empty(len(corners), dtype=np.int32)
-    mesh.loop_triangles.foreach_get("material_index", slots)
-    return corners[~clear[slots.clip(0, len(clear) - 1)]]

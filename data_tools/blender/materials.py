@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.assets.obj_materials import normalize_lines, translate_mtl
+from data_tools.blender.attributes import read_floats
 from lrm_pl.color_spaces import linear_to_srgb, srgb_to_linear
 
 
@@ -74,10 +75,7 @@ def correct_fbx(path: Path) -> None:
     if b"Blender" not in head:  # Blender writes linear colors
         shaders = [shader for material in bpy.data.materials for shader in principled_shaders(material)]
         for color in [shader.inputs[name] for shader in shaders for name in ("Base Color", "Emission Color")]:
-            color.default_value = (
-                *(float(srgb_to_linear(min(max(x, 0.0), 1.0))) for x in color.default_value[:3]),
-                1.0,
-            )
+            color.default_value = (*srgb_to_linear(np.clip(color.default_value[:3], 0.0, 1.0)), 1.0)
     if not head.startswith(b"Kaydara FBX Binary"):
         return  # the parser does not support text files
     from io_scene_fbx import parse_fbx
@@ -87,21 +85,24 @@ def correct_fbx(path: Path) -> None:
     except Exception as error:  # the parser supports fewer files than the importer
         print(f"cannot read specular and opacity of FBX materials: {error!r}")
         return
-    found = [one for objects in root.elems if objects.id == b"Objects" for one in objects.elems]
-    found = [one for one in found if one.id == b"Material"]
-    names = [one.props[1].split(b"\0")[0].decode("utf-8", "replace") for one in found]
-    for element, name in zip(found, names, strict=True):
-        if names.count(name) > 1:
-            continue  # Blender renames materials with the same name, so they cannot be identified
+    objects = [element for part in root.elems if part.id == b"Objects" for element in part.elems]
+    elements = [element for element in objects if element.id == b"Material"]
+    names = [element.props[1].split(b"\0")[0].decode("utf-8", "replace") for element in elements]
+    for element, name in zip(elements, names, strict=True):
+        material = bpy.data.materials.get(name)
+        # Blender renames materials with the same name, so they cannot be identified
+        if material is None or names.count(name) > 1:
+            continue
         parts = {part.id: part for part in element.elems}
         rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
         values = {row[0]: row[4:] for row in rows if len(row) > 4}
-        model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
+        is_lambert = b"ShadingModel" in parts and parts[b"ShadingModel"].props[0].lower() == b"lambert"
         is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
-        for shader in principled_shaders(material) if (material := bpy.data.materials.get(name)) else ():
-            if model == b"lambert" or is_dark:
+        opacity = _opacity(values)
+        for shader in principled_shaders(material):
+            if is_lambert or is_dark:
                 shader.inputs["Specular IOR Level"].default_value = 0.0
-            if 0 < (opacity := _opacity(values)) < 1:
+            if 0 < opacity < 1:
                 shader.inputs["Alpha"].default_value = opacity
 
 
@@ -116,9 +117,7 @@ def _opacity(values: dict[bytes, list[float]]) -> float:
 def _rescale_byte_colors() -> None:
     """Divide vertex colors in the range [0, 255] by 255, because Blender's importer expects the range [0, 1]."""
     layers = [mesh.color_attributes[0].data for mesh in bpy.data.meshes if mesh.color_attributes]
-    colors = [np.empty((len(layer), 4), np.float32) for layer in layers]
-    for layer, values in zip(layers, colors, strict=True):
-        layer.foreach_get("color", values.reshape(-1))
+    colors = [read_floats(layer, "color", 4) for layer in layers]
     if max((float(values[:, :3].max(initial=0)) for values in colors), default=0) <= srgb_to_linear(2.0):
         return
     for layer, values in zip(layers, colors, strict=True):

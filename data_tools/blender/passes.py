@@ -59,17 +59,9 @@ def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
     """Return a mapping from the names of the passes of the last image to arrays (H, W, channels)."""
     path = os.fspath(scratch / "passes.exr")
     image = bpy.context.scene.render.image_settings
-    kept = {
-        name: getattr(image, name) for name in ("file_format", "color_mode", "color_depth", "compression")
-    }
     image.media_type, image.file_format = "MULTI_LAYER_IMAGE", "OPEN_EXR_MULTILAYER"
     image.color_depth, image.exr_codec, image.use_exr_interleave = "32", "NONE", False
-    try:
-        bpy.data.images["Render Result"].save_render(path, scene=bpy.context.scene)
-    finally:
-        image.media_type = "IMAGE"
-        for name, value in kept.items():
-            setattr(image, name, value)
+    bpy.data.images["Render Result"].save_render(path, scene=bpy.context.scene)
     oiio = _open_image_io()
     file = oiio.ImageInput.open(path)
     if file is None:

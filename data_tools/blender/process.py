@@ -4,10 +4,11 @@ A process runs ``data_tools.blender.worker``, which describes the protocol. If t
 only the current object fails. The module does not require ``bpy``.
 """
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
-import selectors
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ START_LIMIT_S = 300.0
 #: Assumed minimum render speed in pixel samples per second. It is one tenth of the speed of a fully loaded core.
 SAMPLES_PER_S = 200_000
 
-#: Maximum number of characters of Blender's output in a reason, and in the stored output of a failed object.
+#: Maximum number of bytes of Blender's output in a reason, and in the stored output of a failed object.
 _TAIL_LENGTH, _LOG_LENGTH = 600, 100_000
 
 #: Interval between memory checks in seconds.
@@ -119,25 +120,27 @@ class BlenderProcess:
         scratch.mkdir()
         self._log = tempfile.TemporaryFile()
         self._log_start = 0
+        self._responses, sender = multiprocessing.Pipe(duplex=False)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=sender.fileno(),
             stderr=self._log,
             cwd=REPOSITORY,
-            env=os.environ
-            | {"TMPDIR": str(self._folder.path)},  # Blender does not remove its temporary folder when killed
+            # Blender does not remove its temporary folder when killed
+            env=os.environ | {"TMPDIR": str(self._folder.path)},
             start_new_session=True,  # the driver handles Ctrl-C
         )
-        record = {
+        sender.close()  # otherwise, the end of the process would not be detected
+        setup = {
             "assets": str(assets.resolve()),
             "scratch": str(scratch),
             "threads": threads,
             "settings": dataclasses.asdict(settings),
         }
-        response = self._request(record, Limits(time_s=START_LIMIT_S))
+        response = self._request(setup, Limits(time_s=START_LIMIT_S))
         if isinstance(response, str):
-            tail = self._last_output()
+            tail = self._output(_TAIL_LENGTH).strip()
             self.close()
             raise BlenderError(
                 f"Blender did not start with {command[0]}: it {response}. Last output:\n{tail}",
@@ -149,18 +152,14 @@ class BlenderProcess:
     def render(self, asset: Asset, limits: Limits) -> RenderResult:
         """Render one asset. Errors are returned in the result and do not raise an exception."""
         self.served += 1
-        self._log.seek(0, os.SEEK_END)
-        self._log_start = self._log.tell()
+        self._log_start = self._log.seek(0, os.SEEK_END)
         response = self._request(dataclasses.asdict(asset), limits)
         if isinstance(response, str):
-            return RenderResult(
-                asset,
-                "crashed",
-                f"Blender {response}. Last output: {self._last_output()}",
-                log=self._output(),
-            )
+            reason = f"Blender {response}. Last output: {self._output(_TAIL_LENGTH).strip()}"
+            return RenderResult(asset, "crashed", reason, log=self._output(_LOG_LENGTH))
         if response["status"] != "done":
-            return RenderResult(asset, response["status"], response["reason"], log=self._output())
+            reason, log = response["reason"], self._output(_LOG_LENGTH)
+            return RenderResult(asset, response["status"], reason, log=log)
         return RenderResult(asset, "done", members=response["members"], cycles_s=response["cycles_s"])
 
     def is_alive(self) -> bool:
@@ -171,73 +170,36 @@ class BlenderProcess:
         """Kill the process and remove the temporary folder."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._log):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:  # unsent data can be discarded
-                continue
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # unsent data can be discarded
+            self._process.stdin.close()
+        self._responses.close()
+        self._log.close()
         self._folder.remove()
 
     def _request(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
-        """Send a request and return the response. If the process ends or is killed, return the reason."""
+        """Send a request and return the response. If the process ends or exceeds a limit, return the reason."""
         assert self._process.stdin is not None
+        deadline = time.monotonic() + limits.time_s
         try:
             self._process.stdin.write(json.dumps(record).encode() + b"\n")
             self._process.stdin.flush()
-            return self._read_response(limits)
-        except BrokenPipeError:
-            return self._exit_reason()
-        except TimeoutError:
-            self._process.kill()
-            self._process.wait()
-            return f"took longer than {limits.time_s:g} s"
-        except MemoryError as error:
-            self._process.kill()
-            self._process.wait()
-            return f"used {error} GB of memory, more than {limits.memory_gb:g} GB"
-
-    def _read_response(self, limits: Limits) -> dict[str, Any] | str:
-        """Read a response and the subsequent members. If the process exits, return the reason.
-
-        Raises:
-            TimeoutError: The time limit is exceeded.
-            MemoryError: The memory limit is exceeded. The message is the used memory in GB.
-        """
-        assert self._process.stdout is not None
-        pipe, deadline, received = (
-            self._process.stdout.fileno(),
-            time.monotonic() + limits.time_s,
-            bytearray(),
-        )
-        header: dict[str, Any] | None = None
-        needed = 0
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while True:
-                if header is None and b"\n" in received:
-                    line, _, rest = received.partition(b"\n")
-                    header, received = json.loads(line), bytearray(rest)
-                    needed = sum(header.get("members", {}).values())
-                if header is not None and len(received) >= needed:
-                    break
+            while not self._responses.poll(_MEMORY_CHECK_S):
+                used = self._resident_gb()
+                if used > limits.memory_gb:
+                    return self._kill(f"used {used:.1f} GB of memory, more than {limits.memory_gb:g} GB")
                 if time.monotonic() > deadline:
-                    raise TimeoutError
-                if selector.select(_MEMORY_CHECK_S):
-                    chunk = os.read(pipe, 1 << 20)
-                    if not chunk:
-                        return self._exit_reason()
-                    received += chunk
-                if (used := self._resident_gb()) > limits.memory_gb:
-                    raise MemoryError(f"{used:.1f}")
-        at, members = 0, {}
-        for name, size in header.get("members", {}).items():
-            members[name] = bytes(received[at : at + size])
-            at += size
-        return header | {"members": members}
+                    return self._kill(f"took longer than {limits.time_s:g} s")
+            response = json.loads(self._responses.recv_bytes())
+            members = {name: self._responses.recv_bytes() for name in response["members"]}
+        except (OSError, EOFError):
+            return f"exited with status {self._process.wait()}"
+        return response | {"members": members}
 
-    def _exit_reason(self) -> str:
-        return f"exited with status {self._process.wait()}"
+    def _kill(self, reason: str) -> str:
+        self._process.kill()
+        self._process.wait()
+        return reason
 
     def _resident_gb(self) -> float:
         try:
@@ -246,10 +208,8 @@ class BlenderProcess:
             return 0.0
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
-    def _output(self) -> str:
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(self._log_start, self._log.tell() - _LOG_LENGTH))
+    def _output(self, length: int) -> str:
+        """Return the last bytes of the output of Blender since the last request."""
+        end = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(self._log_start, end - length))
         return self._log.read().decode(errors="replace")
-
-    def _last_output(self) -> str:
-        return self._output()[-_TAIL_LENGTH:].strip()

@@ -4,10 +4,8 @@ Because the light has strength 1 and the view transform is Standard, the pixels 
 of the surface. The module requires ``bpy``.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import bpy
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.blender.device import cycles_device, enable_gpus
+from data_tools.blender.device import enable_gpus
 from data_tools.rendering.cameras import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
 from lrm_pl.data.geometry_views import MIN_DEPTH
@@ -27,21 +25,21 @@ SENSOR_MM = 36.0
 MARGIN_PX = 2.0
 
 
-def choose_device() -> str:
-    """Enable all GPUs and return the name of the device (see ``device.enable_gpus``)."""
+def renderer_name() -> str:
+    """Return the name of the renderer, for example ``blender 5.0.1 cycles cpu``."""
+    return f"blender {bpy.app.version_string} cycles {_choose_device()}"
+
+
+def _choose_device() -> str:
     return enable_gpus(bpy.context.preferences.addons["cycles"].preferences)
 
 
-def renderer_name(device: str) -> str:
-    """Return the name of the renderer, for example ``blender 5.0.1 cycles cpu``."""
-    return f"blender {bpy.app.version_string} cycles {device}"
+def set_up_scene(resolution: int, samples: int, threads: int) -> None:
+    """Add a camera and a white world, and set all options that affect the pixels.
 
-
-def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> None:
-    """Set all options that affect the pixels, so that they do not depend on the defaults of Blender.
+    The pixels do not depend on the default options of Blender.
 
     Args:
-        device: Name of the device, from ``choose_device``.
         resolution: Width and height of the image in pixels.
         samples: Number of samples per pixel.
         threads: Number of CPU threads.
@@ -49,7 +47,7 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     scene = bpy.context.scene
     render, cycles = scene.render, scene.cycles
     render.engine = "CYCLES"
-    cycles.device = cycles_device(device)
+    cycles.device = "CPU" if _choose_device() == "cpu" else "GPU"
     render.resolution_x = render.resolution_y = resolution
     render.resolution_percentage = 100
     render.pixel_aspect_x = render.pixel_aspect_y = 1.0
@@ -73,41 +71,8 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     view = scene.view_settings
     view.view_transform, view.look = "Standard", "None"
     view.exposure, view.gamma, view.use_curve_mapping = 0.0, 1.0, False
-    image = render.image_settings
-    image.file_format, image.color_mode, image.color_depth, image.compression = "PNG", "RGBA", "8", 0
-    _white_world()
-
-
-def add_camera() -> None:
-    """Add a camera to the scene. ``render_view`` sets the pose."""
-    data = bpy.data.cameras.new("view")
-    data.sensor_fit, data.sensor_width = "HORIZONTAL", SENSOR_MM
-    data.shift_x = data.shift_y = 0.0
-    data.clip_start, data.clip_end = MIN_DEPTH, 1e3
-    camera = bpy.data.objects.new("view", data)
-    bpy.context.scene.collection.objects.link(camera)
-    bpy.context.scene.camera = camera
-
-
-@contextlib.contextmanager
-def cycles_clock() -> Iterator[list[float]]:
-    """Record the render time of each image in seconds, without the time that Blender needs before and after."""
-    seconds, start = list[float](), [0.0]
-
-    def begin(*_: object) -> None:
-        start[0] = time.perf_counter()
-
-    def end(*_: object) -> None:
-        seconds.append(time.perf_counter() - start[0])
-
-    handlers = bpy.app.handlers
-    handlers.render_pre.append(begin)
-    handlers.render_post.append(end)
-    try:
-        yield seconds
-    finally:
-        handlers.render_pre.remove(begin)
-        handlers.render_post.remove(end)
+    _add_white_world()
+    _add_camera()
 
 
 def render_view(
@@ -116,7 +81,7 @@ def render_view(
     half_extent: npt.NDArray[np.float64],
     seed: int,
     scratch: Path,
-) -> npt.NDArray[np.uint8]:
+) -> tuple[npt.NDArray[np.uint8], float]:
     """Render one view.
 
     Args:
@@ -128,7 +93,8 @@ def render_view(
         scratch: Folder for a temporary image file.
 
     Returns:
-        (H, W, 4) uint8 image in sRGB with straight alpha. The color is (0, 0, 0) where alpha is 0.
+        (H, W, 4) uint8 image in sRGB with straight alpha, and the render time in seconds. The color is (0, 0, 0) where
+        alpha is 0.
     """
     scene = bpy.context.scene
     scene.camera.matrix_world = mathutils.Matrix(opengl_to_opencv(c2w).tolist())
@@ -139,17 +105,32 @@ def render_view(
     render.use_border, render.use_crop_to_border = True, False
     render.border_min_x, render.border_max_x = left, right
     render.border_min_y, render.border_max_y = 1 - bottom, 1 - top
+    file = render.image_settings  # ``passes`` sets a different format after each view
+    file.media_type, file.file_format = "IMAGE", "PNG"
+    file.color_mode, file.color_depth, file.compression = "RGBA", "8", 0
     path = scratch / "view.png"
     render.filepath = os.fspath(path)
+    start = time.perf_counter()
     bpy.ops.render.render(write_still=True)
+    seconds = time.perf_counter() - start
     with Image.open(path) as image:
         rgba = np.array(image.convert("RGBA"), dtype=np.uint8)
     path.unlink()
     rgba[rgba[..., 3] == 0] = 0
-    return rgba
+    return rgba, seconds
 
 
-def _white_world() -> None:
+def _add_camera() -> None:
+    data = bpy.data.cameras.new("view")
+    data.sensor_fit, data.sensor_width = "HORIZONTAL", SENSOR_MM
+    data.shift_x = data.shift_y = 0.0
+    data.clip_start, data.clip_end = MIN_DEPTH, 1e3
+    camera = bpy.data.objects.new("view", data)
+    bpy.context.scene.collection.objects.link(camera)
+    bpy.context.scene.camera = camera
+
+
+def _add_white_world() -> None:
     world = bpy.data.worlds.new("uniform")
     world.use_nodes = True
     background = world.node_tree.nodes["Background"]

@@ -1,10 +1,10 @@
 """The program ``python -m data_tools.blender.worker``, which renders assets in a Blender process.
 
-Requests are read from standard input, and responses are written to standard output, as lines of JSON. The first request
-is a ``WorkerSetup``, and the response contains the name of the renderer. Each subsequent request is an asset. The
-response contains the status and the sizes of the members of the sample, and is followed by the bytes of the members.
-The process exits immediately when standard input is closed, even during a render. Messages from Blender are written to
-standard error.
+Requests are lines of JSON in standard input. The first request is a ``WorkerSetup``, and the response contains the name
+of the renderer. Each subsequent request is an asset. A response is written to standard output with
+``multiprocessing.connection``. The first message is JSON with the status and the names of the members of the sample,
+and each further message is the content of a member. The process exits immediately when standard input is closed, even
+during a render. Messages from Blender are written to standard error.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -60,20 +61,19 @@ class WorkerSetup:
 
 def main() -> None:
     """Process requests until standard input is closed."""
-    responses = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    responses = Connection(os.dup(sys.stdout.fileno()), readable=False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the C++ code of Blender prints to descriptor 1
     record = json.loads(sys.stdin.readline())
     setup = WorkerSetup(**record | {"settings": RenderSettings(**record["settings"])})
     lines = _start_reader(sys.stdin, setup.scratch)
-    from data_tools.blender.scene import choose_device, renderer_name  # imports Blender, which is slow
+    from data_tools.blender.scene import renderer_name  # imports Blender, which is slow
 
-    renderer = renderer_name(choose_device())
+    renderer = renderer_name()
     _respond(responses, {"renderer": renderer}, {})
     while True:
         asset = Asset(**json.loads(lines.get()))
         print(f"--- {asset.id} ({asset.file})", file=sys.stderr, flush=True)
-        status, reason, cycles_s, members = _try_render(asset, setup, renderer)
-        _respond(responses, {"status": status, "reason": reason, "cycles_s": cycles_s}, members)
+        _respond(responses, *_try_render(asset, setup, renderer))
 
 
 def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Sample, float]:
@@ -109,28 +109,22 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     if settings.surface:
         rng = np.random.default_rng(derive_seed(settings.seed, asset.id, SURFACE_MEMBER))
         extras[SURFACE_MEMBER] = encode_surface(*sample_surface(world_meshes(), SURFACE_POINTS, rng))
-    device = scene.choose_device()
-    scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
-    scene.add_camera()
-    if settings.depth or settings.normals:
+    scene.set_up_scene(settings.resolution, settings.samples, setup.threads)
+    has_passes = settings.depth or settings.normals
+    if has_passes:
         passes.enable_passes(normals=settings.normals)
-    images, scratch = list[npt.NDArray[np.uint8]](), Path(setup.scratch)
-    with scene.cycles_clock() as cycles_s:
-        for view in range(settings.views):
-            image = scene.render_view(
-                cameras.c2w[view],
-                float(cameras.fxfycxcy[view, 0]),
-                half_extent,
-                derive_seed(settings.seed, asset.id, view),
-                scratch,
-            )
-            images.append(image)
-            if settings.depth or settings.normals:
-                depth, normals = passes.read_geometry(image[..., 3], scratch)
-                extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
-                extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
+    images, scratch, cycles_s = list[npt.NDArray[np.uint8]](), Path(setup.scratch), 0.0
+    for view in range(settings.views):
+        focal, view_seed = float(cameras.fxfycxcy[view, 0]), derive_seed(settings.seed, asset.id, view)
+        image, seconds = scene.render_view(cameras.c2w[view], focal, half_extent, view_seed, scratch)
+        images.append(image)
+        cycles_s += seconds
+        if has_passes:
+            depth, normals = passes.read_geometry(image[..., 3], scratch)
+            extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
+            extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):
-        raise AssetError(f"not visible: all {settings.views} views are transparent")
+        raise AssetError(expected="a visible object", found=f"{settings.views} transparent views")
     info = SampleInfo(
         id=asset.id,
         **asset.record(),
@@ -146,7 +140,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
         tuple(encode_image(image) for image in images),
         extras | {MEASURES_MEMBER: encode_measures(measure_views(mesh, images))},
     )
-    return sample, sum(cycles_s)
+    return sample, cycles_s
 
 
 def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
@@ -173,27 +167,27 @@ def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
 
 def _try_render(
     asset: Asset, setup: WorkerSetup, renderer: str
-) -> tuple[str, str, float, Mapping[str, bytes]]:
+) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """Render an asset and return the response."""
+    status = "failed"
     try:
         sample, cycles_s = render_object(asset, setup, renderer)
-        return "done", "", cycles_s, encode_sample(sample)
-    except MissingError as error:
-        return "failed", str(error), 0.0, {}
-    except StoreError as error:
-        return "unreachable", str(error), 0.0, {}
+        return {"status": "done", "cycles_s": cycles_s}, encode_sample(sample)
     except InputError as error:
-        return "failed", str(error), 0.0, {}
+        reason = str(error)
+        if isinstance(error, StoreError) and not isinstance(error, MissingError):
+            status = "unreachable"
     except Exception as error:  # an error in one asset must not stop the worker
         traceback.print_exc()
-        full = os.strerror(errno.ENOSPC)
+        reason = f"{type(error).__name__}: {str(error).strip()}"
         # Blender does not always report a full disk, so the error can be that a file is not readable
         short = shutil.disk_usage(setup.scratch).free < _MIN_FREE_BYTES
-        if short or getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return "no space", f"{setup.scratch}: {error}", 0.0, {}
-        return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
+        if short or getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in reason:
+            status, reason = "no space", f"{setup.scratch}: {error}"
     finally:
         for path in Path(setup.scratch).iterdir():  # the folder must be empty for the next object
             path.unlink()
+    return {"status": status, "reason": reason}, {}
 
 
 def _start_reader(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
@@ -210,12 +204,10 @@ def _start_reader(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
     return lines
 
 
-def _respond(stream: BinaryIO, record: dict[str, Any], members: Mapping[str, bytes]) -> None:
-    record = record | {"members": {name: len(content) for name, content in members.items()}}
-    stream.write(json.dumps(record).encode() + b"\n")
+def _respond(responses: Connection, record: dict[str, Any], members: Mapping[str, bytes]) -> None:
+    responses.send_bytes(json.dumps(record | {"members": list(members)}).encode())
     for content in members.values():
-        stream.write(content)
-    stream.flush()
+        responses.send_bytes(content)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
         raise InputError(
             subject=folder,
             expected=f"shards without {MANIFEST_NAME}",
-            found="one",
-            remedy="delete it to index the folder again",
+            found=MANIFEST_NAME,
+            remedy="delete this file to index the folder again",
         )
     tars = sorted(folder.glob("*.tar"))
     if not tars:
@@ -58,7 +58,7 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
     if len(shapes) > 1:
         raise ShardError(
             subject=folder,
-            expected="samples with views of one number and size",
+            expected="samples with the same number and size of views",
             found=" and ".join(f"{views} views of {w} x {h} pixels" for views, w, h in shapes[:4]),
         )
     ((views, width, height),) = shapes

@@ -35,17 +35,6 @@ class EncodedSample:
     notes: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class SkippedObject:
-    """An object that cannot be used.
-
-    Attributes:
-        reason: Error message.
-    """
-
-    reason: str
-
-
 @contextmanager
 def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """Start a process pool. The processes exit when the parent process ends.
@@ -56,17 +45,15 @@ def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
         count: Number of processes. If None, the number of available CPU cores is used.
 
     Raises:
-        InputError: The number is not positive, or a process was killed.
+        InputError: A process was killed.
     """
-    if count is not None and count < 1:
-        raise InputError(expected="--jobs of at least 1", found=count)
     with ProcessPoolExecutor(count or len(os.sched_getaffinity(0)), initializer=end_with_parent) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
             raise InputError(
-                "A worker process was killed, probably for lack of memory. Run the command again on fewer cores: "
-                "`taskset -c 0` before it"
+                "a worker process was killed, probably because the memory is full",
+                remedy="run the command on fewer CPU cores, for example with the prefix `taskset -c 0`",
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -77,8 +64,8 @@ def write_shards(
     folder: Path,
     plan: Sequence[PlannedShard],
     tasks: Mapping[str, Task],
-    make: Callable[[str, Task], EncodedSample | SkippedObject],
-) -> tuple[tuple[Shard, ...], dict[str, SkippedObject], dict[str, list[str]]]:
+    make: Callable[[str, Task], EncodedSample | str],
+) -> tuple[tuple[Shard, ...], dict[str, str], dict[str, list[str]]]:
     """Encode all samples with one process per CPU core, and write the shards.
 
     If an object is skipped, the assignment of all other objects does not change. Empty shards are not written.
@@ -87,34 +74,33 @@ def write_shards(
         folder: Output folder.
         plan: Shards to write.
         tasks: Mapping from the ids in the plan to the second argument of ``make``.
-        make: Function that encodes a sample in a worker process. Exceptions of this function are propagated.
+        make: Function that encodes a sample in a worker process. If the object cannot be used, it returns the reason.
+            Exceptions of this function are propagated.
 
     Returns:
-        The shards, a mapping from ids to skipped objects, and a mapping from notes to ids.
+        The shards, a mapping from the ids of skipped objects to reasons, and a mapping from notes to ids.
 
     Raises:
         InputError: A process was killed.
     """
     shards: list[Shard] = []
-    skipped: dict[str, SkippedObject] = {}
+    skipped: dict[str, str] = {}
     notes: dict[str, list[str]] = {}
 
-    def kept(
-        made: Iterator[tuple[str, EncodedSample | SkippedObject]],
-    ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        for key, sample in made:
+    def encode(planned: PlannedShard) -> Iterator[tuple[str, dict[str, bytes]]]:
+        made = pool.map(make, planned.ids, [tasks[key] for key in planned.ids])
+        for key, sample in zip(planned.ids, made, strict=True):
             bar.update()
-            if isinstance(sample, SkippedObject):
+            if isinstance(sample, str):
                 skipped[key] = sample
-            else:
-                for note in sample.notes:
-                    notes.setdefault(note, []).append(key)
-                yield key, sample.members
+                continue
+            for note in sample.notes:
+                notes.setdefault(note, []).append(key)
+            yield key, sample.members
 
     with tqdm(total=len(tasks), unit="object", file=sys.stderr) as bar, processes() as pool:
         for planned in plan:
-            made = pool.map(make, planned.ids, [tasks[key] for key in planned.ids])
-            samples = kept(zip(planned.ids, made, strict=True))
+            samples = encode(planned)
             first = next(samples, None)
             if first is not None:
                 shards.append(write_shard(folder, planned.name, planned.split, chain([first], samples)))

@@ -5,9 +5,7 @@ that are not resized do not change. The output folder is created atomically.
 """
 
 import dataclasses
-import itertools
 import shlex
-import tarfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +19,12 @@ from data_tools.quality.geometry import resize_geometry
 from data_tools.quality.measures import Rule, broken_rules, parse_rule
 from data_tools.quality.validate import find_file_problems
 from data_tools.rendering.shard_folder import FAILURES_NAME, read_failures, write_failures
-from data_tools.rendering.shard_plan import default_shard_size, held_out_ids, split_into_shards
+from data_tools.rendering.shard_plan import default_shard_size, plan_shards
 from data_tools.shards.pool import EncodedSample, processes, write_shards
 from lrm_pl.data.manifest import (
-    SPLITS,
     Manifest,
     Shard,
     ShardError,
-    Split,
     new_folder,
     read_index,
     read_manifest,
@@ -50,6 +46,11 @@ _CAMERAS = dict.fromkeys(("preset", "radius_range", "height_range", "fov_range_d
 
 #: Settings in the manifest that define which optional members the samples contain, with the default values.
 _GEOMETRY = dict.fromkeys(("depth", "normals", "surface"), False)
+
+_MERGE_REMEDY = (
+    "use `--data.also` to train on the folders without merging them, if no validation object of one folder is a "
+    "training object of another"
+)
 
 
 class RepackError(InputError):
@@ -105,34 +106,39 @@ def repack(
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
         raise RepackError(
-            expected=f"objects that satisfy {' and '.join(rules or ())}", found=f"none of {total}"
+            expected=f"objects that satisfy {' and '.join(rules)}"
+            if rules
+            else "objects that were not rejected",
+            found=f"none among {counted(total, 'object')}",
         )
     shard_size = shard_size or default_shard_size(
         max(sum(size for _, size in found.members.values()) for found in samples.values())
     )
-    plan = split_into_shards(_splits(samples, held_out), shard_size)
+    splits = {key: "" if held_out is not None else found.shard.split for key, found in samples.items()}
+    plan = plan_shards(splits, held_out or 0, shard_size)
     with new_folder(out) as folder:
-        make = partial(_members, views=first.views, resolution=resolution)
+        make = partial(_encode, views=first.views, resolution=resolution)
         shards, _, sizes = write_shards(folder, plan, samples, make)
         if len(sizes) > 1:
             differences = ", ".join(f"{size} in {keys[0]!r}" for size, keys in sizes.items())
             raise RepackError(
-                expected="views of one size", found=differences, remedy="use --res N to resize all views"
+                expected="views of the same size", found=differences, remedy="use --res N to resize all views"
             )
         # Settings that differ between folders, such as seeds, are omitted.
-        records = [manifest.render for manifest in manifests.values()]
-        agreed = {
+        render = {
             name: value
             for name, value in first.render.items()
-            if all(name in record and record[name] == value for record in records)
+            if all(manifest.render.get(name) == value for manifest in manifests.values())
         }
-        render = agreed | {
+        render |= {
             "shard_size": shard_size,
-            "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
+            "held_out": sum(len(planned.ids) for planned in plan if planned.split == "val"),
+            "repacked_from": [str(source) for source in folders],
         }
-        render |= {"repacked_from": [str(source) for source in folders]}
-        render |= {"resolution": resolution} if resolution is not None else {}
-        render |= {"rules": list(rules)} if rules is not None else {}
+        if resolution is not None:
+            render["resolution"] = resolution
+        if rules is not None:
+            render["rules"] = list(rules)
         failures = {
             key: record
             for source in folders
@@ -160,19 +166,17 @@ def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | No
         for folder, manifest in manifests.items()
     }
     for name in ("views", "normalize", *_CAMERAS, *_GEOMETRY, "resolution"):
-        found = {folder: record.get(name) for folder, record in records.items()}
-        if all(value == found[folder] for folder in found for value in found.values()):
+        values = [record.get(name) for record in records.values()]
+        if values.count(values[0]) == len(values) or (name == "resolution" and resolution):
             continue
-        if name != "resolution":
-            remedy = _merge_remedy(manifests)
-        elif resolution:
-            continue
-        else:
-            remedy = (
-                f"use --res {min((size for size in found.values() if size), default='N')} to resize all views"
-            )
-        differences = ", ".join(f"{value} in {folder}" for folder, value in found.items())
-        raise RepackError(expected=f"folders with the same {name}", found=differences, remedy=remedy)
+        remedy = _MERGE_REMEDY
+        if name == "resolution":
+            remedy = f"use --res {min(filter(None, values), default='N')} to resize all views"
+        raise RepackError(
+            expected=f"folders with the same {name}",
+            found=", ".join(f"{value} in {folder}" for folder, value in zip(records, values, strict=True)),
+            remedy=remedy,
+        )
 
 
 def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:
@@ -183,41 +187,18 @@ def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:
     """
     shards = [(folder, shard) for folder, manifest in manifests.items() for shard in manifest.shards]
     with processes() as pool:
-        for (folder, shard), difference in zip(
-            shards, pool.map(_first_difference, *zip(*shards, strict=True)), strict=True
-        ):
+        differences = pool.map(_first_difference, *zip(*shards, strict=True))
+        for (folder, shard), difference in zip(shards, differences, strict=True):
             if difference:
                 raise ShardError(
-                    f"{folder / shard.name}: {difference}; `python -m data_tools validate --shards {folder}` names all "
-                    "that is damaged"
+                    subject=folder / shard.name,
+                    expected=difference,
+                    remedy=f"run `python -m data_tools validate --shards {folder}` to list all damaged shards",
                 )
 
 
 def _first_difference(folder: Path, shard: Shard) -> str:
-    try:
-        return next(find_file_problems(folder, shard), "")
-    except tarfile.TarError as error:
-        return f"expected a tar, but found {error}"
-
-
-def _merge_remedy(manifests: Mapping[Path, Manifest]) -> str:
-    """Return the remedy for folders that cannot be merged.
-
-    Joint training is not suggested if an object is in the validation split of one folder and in the training split of
-    a different folder.
-    """
-    ids = {
-        (folder, split): {key for shard in manifest.split(split) for key in read_index(folder, shard)}
-        for folder, manifest in manifests.items()
-        for split in SPLITS
-    }
-    for held_out, trained in itertools.permutations(manifests, 2):
-        leaked = sorted(ids[held_out, "val"] & ids[trained, "train"])
-        if leaked:
-            return (
-                f"leave one of them out: {leaked[0]!r} is held out in {held_out} and trained on in {trained}"
-            )
-    return "train on both as they are: --data.also"
+    return next(find_file_problems(folder, shard), "")
 
 
 def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) -> dict[str, SampleSource]:
@@ -225,47 +206,34 @@ def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) ->
     parsed = None if rules is None else [parse_rule(rule) for rule in rules]
     for folder, manifest in manifests.items():
         for shard in manifest.shards:
-            chosen = _chosen(folder, shard, parsed)
-            for key, members in read_index(folder, shard).items():
-                if key not in chosen:
-                    continue
+            index = read_index(folder, shard)
+            for key in _chosen(folder, shard, list(index), parsed):
                 if key in samples:
                     raise RepackError(
-                        expected="every name once",
+                        expected="objects with different ids",
                         found=f"{key!r} in {samples[key].folder} and in {folder}",
-                        remedy=_merge_remedy(manifests),
+                        remedy=_MERGE_REMEDY,
                     )
-                samples[key] = SampleSource(folder, shard, members)
+                samples[key] = SampleSource(folder, shard, index[key])
     return samples
 
 
-def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str]:
+def _chosen(folder: Path, shard: Shard, keys: list[str], rules: Sequence[Rule] | None) -> list[str]:
     """Return the keys of objects that satisfy the rules, or of objects that are not rejected if ``rules`` is None."""
-    keys = set(read_index(folder, shard))
     if rules is None:
-        return set() if shard.rejected else keys
+        return [] if shard.rejected else keys
     measured = dict(read_measures(folder, shard))
-    if unknown := sorted(keys - set(measured)):
+    if unknown := [key for key in keys if key not in measured]:
         raise RepackError(
             subject=folder / shard.name,
-            expected="measures of every object",
-            found=f"none of {unknown[0]!r}",
-            remedy="rules need a folder that `render` made",
+            expected="measures of all objects",
+            found=f"no measures of {unknown[0]!r}",
+            remedy="use --where only with folders that `render` has written",
         )
-    return {key for key, measures in measured.items() if not broken_rules(measures, rules)}
+    return [key for key in keys if not broken_rules(measured[key], rules)]
 
 
-def _splits(samples: Mapping[str, SampleSource], held_out: int | None) -> dict[Split, list[str]]:
-    if held_out is None:
-        val = {key for key, found in samples.items() if found.shard.split == "val"}
-    elif held_out < len(samples):
-        val = held_out_ids(list(samples), held_out)
-    else:
-        raise RepackError(expected=f"--held-out below {len(samples)}, the number of objects", found=held_out)
-    return {"train": sorted(set(samples) - val), "val": sorted(val)}
-
-
-def _members(key: str, found: SampleSource, views: int, resolution: int | None) -> EncodedSample:
+def _encode(key: str, found: SampleSource, views: int, resolution: int | None) -> EncodedSample:
     """Read, check and resize a sample. Members that the schema does not define are copied unchanged."""
     path = found.folder / found.shard.name
     try:
@@ -310,9 +278,9 @@ def resized(key: str, view: bytes, resolution: int) -> bytes:
     if min(rgba.shape[:2]) < resolution:
         raise RepackError(
             subject=f"sample {key!r}",
-            expected=f"views of at least {resolution} pixels a side",
-            found=rgba.shape[:2],
-            remedy="render larger views",
+            expected=f"views of at least {resolution} x {resolution} pixels",
+            found=f"{rgba.shape[1]} x {rgba.shape[0]} pixels",
+            remedy="use a smaller --res or render larger views",
         )
     small = Image.fromarray(rgba).convert("RGBa").resize((resolution, resolution), Image.Resampling.BOX)
     return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))

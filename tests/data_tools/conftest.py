@@ -1,6 +1,8 @@
 """Fixtures shared by the modules of this folder."""
 
+import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +17,63 @@ from tests.data_tools.layout_folders import WRITERS
 from tests.data_tools.mvimgnet_videos import FRAMES, SIDE, write_video
 
 STAND_IN_COMMAND = (sys.executable, str(STAND_IN_WORKER))
+
+#: Executes programs in one Blender process. A program assigns its JSON result to ``result``.
+_BLENDER_SHELL = """
+import json, os, sys, traceback
+responses = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    names = {}
+    try:
+        exec(json.loads(line), names)
+    except Exception:
+        names["error"] = traceback.format_exc()
+    print(json.dumps([names.get("result"), names.get("error", "")]), file=responses, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def blender(render_python, root):
+    """Return a function that executes a program in Blender and returns its ``result``."""
+    with subprocess.Popen(
+        [str(render_python), "-c", _BLENDER_SHELL],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+
+        def execute(program):
+            process.stdin.write(json.dumps(program) + "\n")
+            process.stdin.flush()
+            result, error = json.loads(process.stdout.readline())
+            assert not error, error
+            return result
+
+        yield execute
+        process.stdin.close()
+
+
+@pytest.fixture
+def loaded(blender):
+    """Return a function that loads files and returns the half sides of each, or its error."""
+
+    def load(*files):
+        given = [(str(file), str(folder), up) for file, folder, up in files]
+        return blender(f"""
+from pathlib import Path
+from data_tools.blender.load_asset import AssetError, load_asset
+result = []
+for file, root, up in {given!r}:
+    try:
+        result.append(load_asset(Path(file), "cube", Path(root), up)[0].tolist())
+    except AssetError as error:
+        result.append(str(error))
+""")
+
+    return load
 
 
 @pytest.fixture

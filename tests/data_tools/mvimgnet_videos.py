@@ -80,7 +80,7 @@ def converted(root, out, views=FRAMES, resolution=64, masks=None):
 def reason(folder, out, views=FRAMES):
     """Convert a folder with one invalid object, and return the reason."""
     root = folder.parents[1]
-    with pytest.raises(ValueError, match="none among 1 that can be used"):
+    with pytest.raises(ValueError, match="found none among 1 object"):
         converted(root, out, views)
     (record,) = [json.loads(line) for line in (out.parent / "out.failures.jsonl").read_text().splitlines()]
     assert record["id"] == f"{folder.parent.name}_{folder.name}"

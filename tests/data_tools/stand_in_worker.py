@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,6 @@ MEASURES = Measures(
 )
 
 
-def answer(record, members):
-    record = record | {"members": {name: len(content) for name, content in members.items()}}
-    sys.stdout.buffer.write(json.dumps(record).encode() + b"\n" + b"".join(members.values()))
-    sys.stdout.buffer.flush()
-
-
 def sample_members(asset, text, views, served=0):
     """Return the members of the sample of an asset, where ``text`` is the content of the mesh."""
     seed = derive_seed(0, asset["id"])
@@ -62,6 +57,13 @@ def sample_members(asset, text, views, served=0):
 
 
 def serve():
+    responses = Connection(os.dup(sys.stdout.fileno()), readable=False)
+
+    def answer(record, members):
+        responses.send_bytes(json.dumps(record | {"members": list(members)}).encode())
+        for content in members.values():
+            responses.send_bytes(content)
+
     setup = json.loads(sys.stdin.readline())
     views = setup["settings"]["views"]
     fails = Path(setup["assets"]) / "one start fails"

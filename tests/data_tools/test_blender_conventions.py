@@ -4,13 +4,11 @@ import base64
 import json
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from lrm_pl.data.manifest import read_index, read_manifest
-from lrm_pl.data.schema import decode_image, decode_sample
 from tests.builders import write_gltf
+from tests.data_tools.blender_renders import render_views
 from tests.data_tools.mesh_files import (
     BLUE_PART,
     RED_PART,
@@ -183,8 +181,8 @@ def write_assets(folder):
 
 
 @pytest.fixture(scope="module")
-def rendered(render_command, tmp_path_factory):
-    """Render all objects; return the folder, id -> views, expected colors, and expected scenes."""
+def rendered(tmp_path_factory):
+    """Render all objects; return id -> measures, id -> views, expected colors, and expected scenes."""
     folder = tmp_path_factory.mktemp("conventions")
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
@@ -213,20 +211,11 @@ def rendered(render_command, tmp_path_factory):
     record["materials"][1]["extensions"] = {"KHR_materials_transmission": {"transmissionFactor": 1.0}}
     record["extensionsUsed"] = ["KHR_materials_transmission"]
     (folder / "assets" / "glass.gltf").write_text(json.dumps(record))
-    options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
-    render_command(folder / "assets", folder / "out", *options)
-    out, found = folder / "out", {}
-    for shard in read_manifest(out).split("train"):
-        content = (out / shard.name).read_bytes()
-        for key, places in read_index(out, shard).items():
-            sample = decode_sample(
-                key, {name: content[at : at + size] for name, (at, size) in places.items()}
-            )
-            found[key] = np.stack([decode_image(key, view) for view in sample.views])
-    return out, found, *expected
+    _, views, rows = render_views(folder / "assets", views=2, resolution=64, samples=8)
+    return rows, views, *expected
 
 
-def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
+def test_each_object_has_the_color_in_the_file(rendered):
     _, found, expected, _ = rendered
     for key, color in expected.items():
         inside = found[key][:, 24:40, 24:40].reshape(-1, 4)
@@ -235,10 +224,8 @@ def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
         assert inside[:, :3].std(axis=0).max() < 8, f"{key} is speckled"
 
 
-def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
-    out, found, _, scenes = rendered
-    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
-    rows = {row["id"]: row for row in table}
+def test_each_part_of_a_scene_has_the_expected_position_and_color(rendered):
+    rows, found, _, scenes = rendered
     for key, (colors, size, doubled) in scenes.items():
         assert rows[key]["size"] == pytest.approx(size, rel=1e-3), key
         assert rows[key]["doubled"] == pytest.approx(doubled), key
@@ -250,39 +237,33 @@ def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
         assert shares.min() > 0.05, (key, shares)
 
 
-def test_back_faces_of_a_closed_surface_are_not_seen_through_it(rendered):
+def test_back_faces_of_a_transparent_closed_surface_are_culled(rendered):
     inside = rendered[1]["veil"][:, 24:40, 24:40, 3]
     assert np.median(inside) == pytest.approx(128, abs=4), "one veil of 0.5, where two would be 191"
 
 
-def test_open_surfaces_that_are_not_seen_from_behind_are_recorded(rendered):
-    table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
-    one_sided = {row["id"]: row["one_sided"] for row in table}
-    assert [one_sided[key] for key in ("one_sided", "two_sided", "veil", "outline")] == [
-        True,
-        False,
-        False,
-        False,
+def test_open_surfaces_with_back_face_culling_are_one_sided(rendered):
+    one_sided = [
+        key for key in ("one_sided", "two_sided", "veil", "outline") if rendered[0][key]["one_sided"]
     ]
+    assert one_sided == ["one_sided"]
 
 
-def test_what_lies_behind_many_transparent_layers_is_seen(rendered):
+def test_objects_behind_many_transparent_layers_are_visible(rendered):
     red, green, _, alpha = np.median(rendered[1]["shells"][:, 24:40, 24:40].reshape(-1, 4), axis=0)
     assert alpha == 255
     assert red > 120, "the core is (150, 26, 26), a little in the shade of its shells"
     assert green < 40
 
 
-def test_what_lies_in_glass_is_lit(rendered):
+def test_objects_in_glass_are_illuminated(rendered):
     inside = rendered[1]["glass"][:, 28:36, 28:36].reshape(-1, 4).astype(int)
     is_red = (inside[:, 0] > 120) & (inside[:, 1] < inside[:, 0] - 60)
     assert is_red.mean() > 0.5, "a red core in clear glass"
 
 
-def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
-    table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
-    reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
-    assert reasons["no_image"] == ("rejected", "missing_textures 1, expected <= 0")
-    assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
-    doubled = {row["id"]: row["doubled"] for row in table}
-    assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
+def test_missing_textures_and_duplicate_faces_are_measured(rendered):
+    rows = rendered[0]
+    for key in ("no_image", "no_mtl"):
+        assert rows[key]["reason"] == "missing_textures 1, expected <= 0"
+    assert (rows["twice"]["doubled"], rows["kd"]["doubled"]) == (0.5, 0.0)

@@ -10,14 +10,17 @@ from data_tools.quality.geometry import back_project
 from data_tools.quality.validate import validate
 from data_tools.shards.repack import repack
 from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
+from lrm_pl.data.manifest import Manifest, write_manifest
 from lrm_pl.data.schema import SURFACE_MEMBER, decode_image, decode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface
+from lrm_pl.data.tar import write_shard
 from tests.builders import box, members, write_gltf
+from tests.data_tools.blender_renders import render_results
 
 pytestmark = pytest.mark.blender
 
 SIDE, VIEWS = 64, 4
-OPTIONS = ["--views", VIEWS, "--res", SIDE, "--samples", 4, "--held-out", 0, "--jobs", 1, "--rules"]
+SETTINGS = {"views": VIEWS, "resolution": SIDE, "samples": 4}
 
 #: A step of 16 bits of depth; rounding is off by half of it.
 STEP = 8 / 65535
@@ -70,22 +73,15 @@ def assets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folders(render_command, assets, tmp_path_factory):
-    """The same objects rendered without geometry, with normals, and with all geometry."""
-    out = tmp_path_factory.mktemp("rendered")
-    for name, options in (
-        ("plain", []),
-        ("normals", ["--normals"]),
-        ("both", ["--depth", "--normals", "--surface"]),
-    ):
-        render_command(assets, out / name, *OPTIONS, *options)
-    return out
+def rendered(assets):
+    """The members of each object with depth, normals and surface points."""
+    results = render_results(assets, depth=True, normals=True, surface=True, **SETTINGS)
+    return {key: result.members for key, result in results.items()}
 
 
 @pytest.fixture(scope="module")
-def samples(folders):
-    found = members(folders / "both")
-    return {key: decode_sample(key, content) for key, (_, content) in found.items()}
+def samples(rendered):
+    return {key: decode_sample(key, content) for key, content in rendered.items()}
 
 
 def geometry(sample, view):
@@ -138,7 +134,7 @@ KEYS = ("ball", "cube", "inward", "mirrored", "glass", "clear")
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_depth_is_that_of_the_first_surface_at_each_pixels_centre_along_the_cameras_z(samples, key):
+def test_depth_is_the_distance_along_z_of_the_first_surface_at_the_pixel_center(samples, key):
     for view in range(VIEWS):
         alpha, depth, _ = geometry(samples[key], view)
         right, face = expected(key, samples[key], view)
@@ -153,7 +149,7 @@ def test_depth_is_that_of_the_first_surface_at_each_pixels_centre_along_the_came
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_normals_are_those_of_the_world_and_face_the_camera(samples, key):
+def test_normals_are_in_world_coordinates_and_point_toward_the_camera(samples, key):
     for view in range(VIEWS):
         _, depth, normals = geometry(samples[key], view)
         _, right = expected(key, samples[key], view)
@@ -167,7 +163,7 @@ def test_normals_are_those_of_the_world_and_face_the_camera(samples, key):
         assert angle_deg(normals, right)[inner].max() < (2.5 if key == "ball" else 0.5)
 
 
-def test_depth_leads_back_to_points_on_the_sphere_and_on_the_cube(samples):
+def test_back_projected_depth_lies_on_the_surface(samples):
     half = 1 / np.sqrt(3)
     for view in range(VIEWS):
         sample = samples["ball"]
@@ -179,7 +175,7 @@ def test_depth_leads_back_to_points_on_the_sphere_and_on_the_cube(samples):
         assert np.abs(np.abs(points @ turned()).max(axis=1) - half).max() < STEP
 
 
-def test_points_of_the_surface_lie_on_the_sphere_and_evenly_on_the_faces_of_the_cube(samples):
+def test_surface_points_are_uniformly_distributed_on_the_surface(samples):
     points, normals = decode_surface("", samples["ball"].extras[SURFACE_MEMBER])
     assert len(points) == SURFACE_POINTS
     assert np.abs(np.linalg.norm(points, axis=1) - 1).max() < 1e-4
@@ -195,21 +191,23 @@ def test_points_of_the_surface_lie_on_the_sphere_and_evenly_on_the_faces_of_the_
         assert np.abs(count - SURFACE_POINTS / 6).max() < 5 * np.sqrt(SURFACE_POINTS / 6)
 
 
-def test_views_are_the_same_bytes_with_and_without_geometry(folders):
-    plain, normals, both = (members(folders / name) for name in ("plain", "normals", "both"))
-    assert set(plain) == set(KEYS)
-    for key, (_, content) in plain.items():
-        names = {normal_member(view) for view in range(VIEWS)}
-        assert set(normals[key][1]) == set(content) | names
-        depths = {depth_member(view) for view in range(VIEWS)}
-        assert set(both[key][1]) == set(content) | names | depths | {SURFACE_MEMBER}
-        assert {name: normals[key][1][name] for name in content} == content
-        assert {name: both[key][1][name] for name in normals[key][1]} == normals[key][1]
+@pytest.mark.parametrize("normals", [False, True])
+def test_views_do_not_depend_on_the_geometry_options(assets, rendered, normals):
+    names = {normal_member(view) for view in range(VIEWS)} if normals else set()
+    depths = {depth_member(view) for view in range(VIEWS)}
+    fewer = render_results(assets, ("cube", "glass"), normals=normals, **SETTINGS)
+    for key, result in fewer.items():
+        assert names <= result.members.keys()
+        assert (rendered[key].keys() - result.members.keys()) >= depths | {SURFACE_MEMBER}
+        assert {name: rendered[key][name] for name in result.members} == result.members
 
 
-def test_what_was_rendered_is_valid_and_so_is_half_of_its_size(folders, samples, tmp_path):
-    assert validate(folders / "both") == 0
-    repack([folders / "both"], tmp_path / "small", resolution=SIDE // 2)
+def test_rendered_shards_are_valid_in_full_and_half_resolution(rendered, samples, tmp_path):
+    (full := tmp_path / "full").mkdir()
+    shard = write_shard(full, "train-000000.tar", "train", sorted(rendered.items()))
+    write_manifest(full, Manifest((shard,), VIEWS, 0, {"resolution": SIDE}))
+    assert validate(full) == 0
+    repack([full], tmp_path / "small", resolution=SIDE // 2)
     assert validate(tmp_path / "small") == 0
     for key in ("ball", "cube"):
         small = decode_sample(key, members(tmp_path / "small")[key][1])
@@ -224,12 +222,3 @@ def test_what_was_rendered_is_valid_and_so_is_half_of_its_size(folders, samples,
             found = np.linalg.norm(points, axis=1) if key == "ball" else np.abs(points @ turned()).max(axis=1)
             assert len(points) > 150
             assert (np.abs(found - (1 if key == "ball" else 1 / np.sqrt(3))) < away + STEP).all()
-
-
-def test_a_folder_that_was_begun_without_depth_is_not_continued_with_it(render_command, assets, folders):
-    record = json.loads((folders / "plain" / "render.json").read_text())
-    assert (record["depth"], record["normals"]) == (False, False)
-    done = render_command(assets, folders / "plain", *OPTIONS, "--depth", check=False)
-    assert done.returncode == 1
-    assert "render.json: depth: expected True, but found False" in done.stderr
-    assert "Nothing to render" in render_command(assets, folders / "plain", *OPTIONS).stdout

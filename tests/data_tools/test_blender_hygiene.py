@@ -1,16 +1,15 @@
 """Hidden objects, animations and measures of prepared scenes, in the real Blender."""
 
 import json
-import subprocess
 
 import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.blender
 
-#: Builds a scene, prepares it, and prints the box's half sides and the measures.
+#: Builds and prepares a scene; the result is the half sides of the bounding box, and the measures.
 SCRIPT = """
-import bpy, dataclasses, json, sys
+import bpy, dataclasses
 from data_tools.blender.load_asset import prepare_scene
 
 def cube(name, at, half=1.0, parent=None, alpha=None, color=(0.8, 0.8, 0.8, 1.0)):
@@ -29,25 +28,16 @@ def cube(name, at, half=1.0, parent=None, alpha=None, color=(0.8, 0.8, 0.8, 1.0)
 bpy.ops.wm.read_factory_settings(use_empty=True)
 {scene}
 extent, measures = prepare_scene("cube")
-print("FOUND", json.dumps([extent.tolist(), dataclasses.asdict(measures)]))
+result = [extent.tolist(), dataclasses.asdict(measures)]
 """
 
 
 @pytest.fixture
-def prepared(render_python, root):
-    def run(scene):
-        code = SCRIPT.replace("{scene}", scene)
-        done = subprocess.run(
-            [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-        return json.loads(line.removeprefix("FOUND "))
-
-    return run
+def prepared(blender):
+    return lambda scene: blender(SCRIPT.replace("{scene}", scene))
 
 
-def test_what_a_file_hides_is_no_part_of_the_object_and_what_hangs_under_it_keeps_its_place(prepared):
+def test_hidden_objects_are_ignored_and_their_children_keep_their_transforms(prepared):
     extent, measures = prepared("""
 cube("shown", (0, 0, 0))
 cube("no_render", (50, 0, 0)).hide_render = True
@@ -68,7 +58,7 @@ bpy.ops.object.camera_add(location=(0, -80, 0))
     assert (measures["materials"], measures["colored"], measures["animated"]) == (0, False, False)
 
 
-def test_an_animation_stands_at_its_first_frame(prepared):
+def test_animations_are_set_to_the_first_frame(prepared):
     extent, measures = prepared("""
 still = cube("still", (0, 0, 0))
 moving = cube("moving", (0, 0, 0))
@@ -81,7 +71,7 @@ bpy.context.scene.frame_set(20)
     assert measures["animated"] is True
 
 
-def test_materials_without_color_and_triangles_without_area_are_marked(prepared):
+def test_uncolored_materials_and_degenerate_triangles_are_measured(prepared):
     _, measures = prepared("""
 cube("a", (0, 0, 0), alpha=1.0)
 cube("b", (3, 0, 0), alpha=1.0)
@@ -105,8 +95,7 @@ tree.links.new(tree.nodes.new("ShaderNodeVertexColor").outputs["Color"], shader.
     assert measures["colored"] is True, "what it shines in is a color too"
 
 
-@pytest.mark.parametrize("way", ["relative", "absolute"])
-def test_a_mesh_shows_no_image_from_outside_its_folder(render_python, root, tmp_path, way):
+def test_images_outside_the_assets_folder_are_rejected(loaded, tmp_path):
     inside, outside = tmp_path / "assets" / "chair", tmp_path / "private"
     inside.mkdir(parents=True)
     outside.mkdir()
@@ -115,38 +104,23 @@ def test_a_mesh_shows_no_image_from_outside_its_folder(render_python, root, tmp_
     (inside / "chair.obj").write_text(
         "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl m\nf 1/1 2/2 3/3\n"
     )
-    code = (
-        "import sys; from pathlib import Path; from data_tools.blender.load_asset import load_asset\n"
-        f"load_asset(Path({str(inside / 'chair.obj')!r}), 'cube', Path({str(tmp_path / 'assets')!r}))"
-    )
 
     def load(image):
         (inside / "chair.mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {image}\n")
-        return subprocess.run(
-            [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
-        )
+        (found,) = loaded((inside / "chair.obj", tmp_path / "assets", ""))
+        return found
 
-    assert load("../shared.png").returncode == 0
-    done = load("../../private/x.png" if way == "relative" else outside / "x.png")
-    assert done.returncode != 0
-    assert "expected its files in" in done.stderr
+    assert isinstance(load("../shared.png"), list)
+    for image in ("../../private/x.png", outside / "x.png"):
+        assert "expected references to files in" in load(image)
 
 
-def test_a_gltf_reads_no_buffer_from_outside_its_folder(render_python, root, tmp_path):
+def test_buffers_outside_the_assets_folder_are_rejected(loaded, tmp_path):
     (tmp_path / "assets").mkdir()
     (tmp_path / "private.bin").write_bytes(bytes(36))
     gltf = tmp_path / "assets" / "chair.gltf"
-    gltf.write_text(
-        json.dumps(
-            {"asset": {"version": "2.0"}, "buffers": [{"byteLength": 36, "uri": "%2e%2e/private.bin"}]}
-        )
-    )
-    code = (
-        "from pathlib import Path; from data_tools.blender.load_asset import load_asset\n"
-        f"load_asset(Path({str(gltf)!r}), 'cube')"
-    )
-    done = subprocess.run(
-        [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
-    )
-    assert "expected its files in" in done.stderr
-    assert "private.bin" in done.stderr
+    buffer = {"byteLength": 36, "uri": "%2e%2e/private.bin"}
+    gltf.write_text(json.dumps({"asset": {"version": "2.0"}, "buffers": [buffer]}))
+    (found,) = loaded((gltf, tmp_path / "assets", ""))
+    assert "expected references to files in" in found
+    assert "private.bin" in found

@@ -1,15 +1,12 @@
 """Real renders of known meshes, read back from their shards: cameras, colors, bad assets."""
 
 import itertools
-import json
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 
-from lrm_pl.data.manifest import read_index, read_manifest
-from lrm_pl.data.schema import decode_image, decode_sample
 from tests.builders import box, write_gltf
+from tests.data_tools.blender_renders import render_views
 
 pytestmark = pytest.mark.blender
 
@@ -45,11 +42,8 @@ def write_bad_assets(folder):
 
 
 @pytest.fixture(scope="module")
-def rendered(render_command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("known")
-    out = folder / "out"
-    assets = folder / "assets"
-    assets.mkdir()
+def rendered(tmp_path_factory):
+    assets = tmp_path_factory.mktemp("known")
     plane, _ = box((0, 0, 0), (1, 1, 0))
     color = np.array(PLANE_SRGB) / 255
     write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], color, 1.0)])
@@ -58,27 +52,14 @@ def rendered(render_command, tmp_path_factory):
     # away from the origin and large: normalizing must bring it back
     write_gltf(assets / "corners.gltf", [(5 * v + (7, -3, 2), t, c, a) for v, t, c, a in marks])
     write_bad_assets(assets)
-    options = ["--views", "6", "--res", RESOLUTION, "--samples", "16", "--held-out", "0", "--jobs", "1"]
-    options += ["--rules", "missing_textures <= 0"]  # corners cover little on purpose
-    return out, render_command(assets, out, *options)
+    return render_views(assets, views=6, resolution=RESOLUTION, samples=16)
 
 
 @pytest.fixture
 def read(rendered):
-    """Read one sample of the rendering; the views are (V, H, W, 4) in [0, 1]."""
-    out, _ = rendered
-
-    def read_one(key):
-        for shard in read_manifest(out).shards:
-            index = read_index(out, shard)
-            if key in index:
-                raw = (out / shard.name).read_bytes()
-                members = {name: raw[at : at + size] for name, (at, size) in index[key].items()}
-                sample = decode_sample(key, members)
-                return sample, np.stack([decode_image(key, view) for view in sample.views]) / 255
-        raise AssertionError(key)
-
-    return read_one
+    """Return a function that returns the sample of an object and the views (V, H, W, 4) in [0, 1]."""
+    samples, views, _ = rendered
+    return lambda key: (samples[key], views[key] / 255)
 
 
 def project(points, c2w, fxfycxcy):
@@ -100,7 +81,7 @@ def find_marks(rgba):
     return found
 
 
-def test_projected_corners_of_a_cube_fall_where_blender_put_them(read):
+def test_projected_corners_of_a_cube_match_the_rendered_positions(read):
     sample, views = read("corners")
     radius = np.sqrt(3) * (CORNER + MARK)  # of the bounding sphere, which rendering made 1
     corners = CORNER * SIGNS / radius
@@ -119,7 +100,7 @@ def test_projected_corners_of_a_cube_fall_where_blender_put_them(read):
 
 
 @pytest.mark.parametrize("key", ["plane", "scan"])
-def test_a_matt_plane_comes_back_in_its_own_color(read, key):
+def test_a_matte_plane_keeps_its_srgb_color(read, key):
     sample, views = read(key)
     seen = 0
     for c2w, rgba in zip(sample.c2w, views, strict=True):
@@ -134,19 +115,10 @@ def test_a_matt_plane_comes_back_in_its_own_color(read, key):
     assert seen >= 3
 
 
-def test_bad_assets_are_left_out_with_their_reasons(rendered):
-    out, done = rendered
-    reasons = {
-        record["id"]: record["reason"]
-        for record in map(json.loads, (out / "failures.jsonl").read_text().splitlines())
-    }
-    assert reasons.keys() == {"garbage", "empty", "invisible"}
-    assert reasons["garbage"].startswith("expected glTF 2.0, but found version ")
-    assert reasons["empty"] == "expected mesh faces, but found none"
-    assert reasons["invisible"] == "expected mesh faces, but found none"
-    assert read_manifest(out).failures == 3
-    rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
-    assert rows["untextured"]["outcome"] == "rejected"
+def test_invalid_assets_fail_with_a_reason(rendered):
+    samples, _, rows = rendered
+    assert rows["garbage"]["reason"].startswith("expected glTF 2.0, but found version ")
+    for key in ("empty", "invisible"):
+        assert rows[key]["reason"] == "expected mesh faces, but found none"
     assert rows["untextured"]["reason"] == "missing_textures 1, expected <= 0"
-    assert "objects        3 (3 train, 0 held out)" in done.stdout
-    assert "failed         3, see" in done.stdout
+    assert samples.keys() == {"plane", "scan", "corners", "untextured"}

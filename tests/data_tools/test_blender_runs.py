@@ -1,4 +1,4 @@
-"""Runs over demo objects: identical bytes for every order, number of processes, and interruption."""
+"""Runs over demo objects, with identical bytes for any order, number of processes and interruption."""
 
 import os
 import re
@@ -12,18 +12,15 @@ import pyarrow.parquet
 import pytest
 
 from data_tools.quality.filter_table import read_infos
-from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.manifest import read_manifest, read_samples
 from lrm_pl.paths import hash_file
 from tests import ROOT
+from tests.builders import members, read_tars
 
 pytestmark = pytest.mark.blender
 
 OBJECTS = ("bedsideTable2", "box", "bread", "forkLift", "horse2", "outdoorLamp")
 OPTIONS = ("--views", "4", "--res", "48", "--samples", "4", "--shard-size", "2", "--held-out", "1")
-
-
-def tars(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
 def copy_assets(folder, objects=OBJECTS):
@@ -40,11 +37,11 @@ def reference(render_command, tmp_path_factory):
     assets = copy_assets(folder / "assets")
     done = render_command(assets, folder / "out", *OPTIONS, "--jobs", "1")
     assert "objects        6 (5 train, 1 held out), 4 views each" in done.stdout
-    assert sorted(tars(folder / "out")) == [*(f"train-00000{n}.tar" for n in range(3)), "val-000000.tar"]
+    assert sorted(read_tars(folder / "out")) == [*(f"train-00000{n}.tar" for n in range(3)), "val-000000.tar"]
     return assets, folder / "out"
 
 
-def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
+def test_the_hash_of_each_mesh_is_recorded(reference):
     assets, out = reference
     expected = {name: hash_file(assets / f"{name}.glb") for name in OBJECTS}
     infos = {key: info for shard in read_manifest(out).shards for key, info in read_infos(out, shard)}
@@ -53,59 +50,42 @@ def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
     assert {row["id"]: row["sha256"] for row in table} == expected
 
 
-def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render_command, tmp_path):
-    assets = copy_assets(tmp_path / "assets", ("box", "bread"))
+@pytest.fixture(scope="module")
+def other_assets(render_command, tmp_path_factory):
+    """A run with other objects, a mesh with an unexpected hash, and symbolic links; return the process and OUT."""
+    folder = tmp_path_factory.mktemp("other")
+    real, assets = folder / "real", copy_assets(folder / "assets", ("box", "bread", "horse2"))
+    (assets / "horse2.glb").rename(assets / "a.glb")  # so that it is rendered before bread
     row = f"box,Box,Ann,library,CC0-1.0,{'0' * 64}\n"
     (assets / "assets.csv").write_text("id,name,creator,source,license,sha256\n" + row)
-    done = render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
-    assert "objects        1 (1 train, 0 held out)" in done.stdout
-    found = hash_file(assets / "box.glb")
-    assert (
-        f"failed: box.glb: expected sha256 {'0' * 64} as in the asset list, but found {found}" in done.stderr
-    )
-
-
-def test_a_linked_mesh_has_its_materials_where_they_lie(render_command, tmp_path):
-    real, assets = tmp_path / "real", tmp_path / "assets"
     real.mkdir()
-    assets.mkdir()
     faces = "usemtl red\nf 1 2 3\nf 1 2 4\nusemtl blue\nf 1 3 4\nf 2 3 4\n"
     (real / "a.obj").write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\n" + faces)
     (real / "a.mtl").write_text("newmtl red\nKd 1 0 0\nnewmtl blue\nKd 0 0 1\n")
     (assets / "one.obj").symlink_to(real / "a.obj")
     (assets / "b").mkdir()
-    for name in ("a.obj", "a.mtl"):  # and each file linked on its own, to one of another name
-        blob = shutil.copy(real / name, tmp_path / f"blob_{name[2:]}")
+    for name in ("a.obj", "a.mtl"):  # each file is a link to a file with a different name
+        blob = shutil.copy(real / name, folder / f"blob_{name[2:]}")
         (assets / "b" / name).symlink_to(blob)
-    render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
-    rows = pyarrow.parquet.read_table(tmp_path / "out" / "filter.parquet").to_pylist()
-    assert {(row["id"], row["colored"], row["missing_textures"]) for row in rows} == {
-        ("one", True, 0),
-        ("b_a", True, 0),
-    }
+    return render_command(assets, folder / "out", *OPTIONS, "--held-out", "0", "--jobs", "1"), folder
 
 
-def test_two_processes_give_the_same_bytes_as_one(reference, render_command, tmp_path):
-    assets, expected = reference
-    render_command(assets, tmp_path / "out", *OPTIONS, "--jobs", "2")
-    assert tars(tmp_path / "out") == tars(expected)
+def test_a_mesh_with_an_unexpected_hash_fails_and_the_others_are_rendered(other_assets):
+    done, folder = other_assets
+    assert "objects        4 (4 train, 0 held out)" in done.stdout
+    expected = f"expected sha256 {'0' * 64} as in the asset list, but found "
+    assert f"failed: box.glb: {expected}{hash_file(folder / 'assets' / 'box.glb')}" in done.stderr
 
 
-def test_what_was_rendered_before_does_not_matter(reference, render_command, tmp_path):
-    _, expected = reference
-    assets = copy_assets(tmp_path / "assets", ("horse2", "bread"))
-    (tmp_path / "assets" / "horse2.glb").rename(tmp_path / "assets" / "a.glb")  # so that bread comes second
-    render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0", "--jobs", "1")
+def test_materials_of_a_symbolic_link_are_read_from_the_target(other_assets):
+    rows = pyarrow.parquet.read_table(other_assets[1] / "out" / "filter.parquet").to_pylist()
+    found = {(row["id"], row["colored"], row["missing_textures"]) for row in rows}
+    assert found >= {("one", True, 0), ("b_a", True, 0)}
 
-    def bread(out):
-        for shard in read_manifest(out).shards:
-            spans = read_index(out, shard).get("bread")
-            if spans:
-                raw = (out / shard.name).read_bytes()
-                return {name: raw[at : at + size] for name, (at, size) in spans.items()}
-        raise AssertionError(out)
 
-    assert bread(tmp_path / "out") == bread(expected)
+def test_images_do_not_depend_on_previously_rendered_objects(reference, other_assets):
+    found, expected = (members(out)["bread"][1] for out in (other_assets[1] / "out", reference[1]))
+    assert found == expected
 
 
 def test_a_second_run_renders_nothing(reference, render_command):
@@ -118,7 +98,7 @@ def test_a_second_run_renders_nothing(reference, render_command):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_one_more_mesh_and_another_license_render_one_object(reference, render_command, tmp_path):
+def test_an_added_mesh_and_a_changed_license_render_one_object(reference, render_command, tmp_path):
     assets, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in reference)
     shutil.copy(ROOT / "data_tools" / "demo_assets" / "chair.glb", assets)
     header = "id,name,creator,source,license,sha256\n"
@@ -127,13 +107,11 @@ def test_one_more_mesh_and_another_license_render_one_object(reference, render_c
     def images(folder):
         found = {}
         for shard in read_manifest(folder).shards:
-            raw = (folder / shard.name).read_bytes()
-            for key, members in read_index(folder, shard).items():
-                for name, (at, size) in members.items():
-                    found[shard.name, key, name] = raw[at : at + size]
+            for key, content in read_samples(folder, shard):
+                found |= {(shard.name, key, name): member for name, member in content.items()}
         return found
 
-    options = OPTIONS[:-2]  # nobody says again how many are held out
+    options = OPTIONS[:-2]  # --held-out is read from the folder
     done = render_command(assets, out, *options)
     assert "Rendering 1 of 7 objects" in done.stdout
     assert "license of 1 object, without rendering" in done.stdout
@@ -145,65 +123,51 @@ def test_one_more_mesh_and_another_license_render_one_object(reference, render_c
     assert "Nothing to render: all 7 objects" in done.stdout
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+def test_an_interrupted_run_with_two_processes_resumes_with_the_same_bytes(
     reference, render_python, render_command, tmp_path
 ):
+    """Terminate a run before the first object, and kill it after the first object and after the first shard."""
     assets, expected = reference
-    out = tmp_path / "out"
-    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
-    # killed with nothing, a part, and a shard finished
-    for pattern in ("render.json", "parts/*.tar", "train-*.tar"):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
+    options = (*OPTIONS, "--jobs", "2")
+    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *options]
+    for stop, pattern in (
+        (signal.SIGTERM, "render.json"),
+        (signal.SIGKILL, "parts/*.tar"),
+        (signal.SIGKILL, "train-*.tar"),
+    ):
         run = subprocess.Popen(
-            [str(part) for part in [*command, "--jobs", "2"]],
+            [str(part) for part in command],
             cwd=ROOT,
+            env=os.environ | {"TMPDIR": str(scratch)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if stop == signal.SIGTERM else subprocess.DEVNULL,
+            text=True,
         )
-        give_up = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while not list(out.glob(pattern)):
-            assert run.poll() is None, f"ended with {run.returncode} before {pattern} was there"
-            assert time.monotonic() < give_up
+            assert run.poll() is None, f"exited with {run.returncode} before {pattern} existed"
+            assert time.monotonic() < deadline
             time.sleep(0.002)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        run.send_signal(stop)
+        _, errors = run.communicate(timeout=60)
+        if stop == signal.SIGTERM:
+            assert run.returncode == 143
+            assert errors.endswith("interrupted; run the same command again to resume\n")
+            assert not re.search(r"\*\*\*|stack|Traceback", errors)
+            assert list(scratch.glob("lrm-blender-*")) == []
         assert not (out / "manifest.json").exists()
-    done = render_command(assets, out, *OPTIONS, "--jobs", "2")
+    done = render_command(assets, out, *options)
     assert "Rendering 6 of 6" not in done.stdout
-    assert tars(out) == tars(expected)
+    assert read_tars(out) == read_tars(expected)
     assert read_manifest(out) == read_manifest(expected)
     assert not (out / "parts").exists()
 
 
-def test_a_run_that_is_terminated_says_that_it_goes_on_and_leaves_nothing_behind(
-    reference, render_python, render_command, tmp_path
-):
-    assets, expected = reference
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    scratch.mkdir()
-    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
-    run = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(scratch)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list(out.glob("render.json")):
-        assert run.poll() is None
-        time.sleep(0.002)
-    run.terminate()
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 143
-    assert errors.endswith("interrupted; run the same command again to resume\n")
-    assert not re.search(r"\*\*\*|stack|Traceback", errors)
-    assert list(scratch.glob("lrm-blender-*")) == []
-    render_command(assets, out, *OPTIONS)
-    assert tars(out) == tars(expected)
-
-
+@pytest.mark.soak
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_stops_the_run_with_one_message_and_the_next_run_goes_on(
+def test_a_run_stops_when_the_disk_is_full_and_resumes_afterwards(
     reference, render_python, render_command, tmp_path
 ):
     assets, expected = reference
@@ -237,6 +201,6 @@ def test_a_full_disk_stops_the_run_with_one_message_and_the_next_run_goes_on(
         assert not (out / "manifest.json").exists()
         filler.unlink()
         render_command(assets, out, *OPTIONS)
-        assert tars(out) == tars(expected)
+        assert read_tars(out) == read_tars(expected)
     finally:
         subprocess.run(["umount", str(disk)], check=True)

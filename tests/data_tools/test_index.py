@@ -57,7 +57,7 @@ def batches(folder, **options):
     return [batch.to("cpu") for batch in data.train_dataloader()], data
 
 
-def test_shards_of_plain_webdataset_train_after_index(foreign, capsys):
+def test_shards_from_plain_webdataset_can_be_used_after_indexing(foreign, capsys):
     assert main(["index", str(foreign)]) == 0
     assert "6 objects in 3 shards" in capsys.readouterr().out
     manifest = read_manifest(foreign)
@@ -67,11 +67,11 @@ def test_shards_of_plain_webdataset_train_after_index(foreign, capsys):
     assert sorted(key for batch in found[:2] for key in batch.ids) == KEYS[:4]
     assert not any(met for batch in found for met in batch.faults)
     assert [key for batch in data.evaluation_loader("heldout") for key in batch.ids] == KEYS[4:]
-    with pytest.raises(InputError, match=r"without manifest\.json, but found one\. Delete it"):
+    with pytest.raises(InputError, match=r"without manifest\.json, but found manifest\.json\. Delete this"):
         index_folder(foreign)
 
 
-def test_plain_webdataset_reads_our_shards(tmp_path):
+def test_plain_webdataset_reads_rendered_shards(tmp_path):
     write_synthetic_shards(tmp_path, train=3, val=0, views=4, resolution=16, shard_size=3)
     found = list(webdataset.WebDataset(str(tmp_path / "train-000000.tar"), shardshuffle=False))
     assert [one["__key__"] for one in found] == [f"train-ellipsoid-00{n}" for n in range(3)]
@@ -79,7 +79,7 @@ def test_plain_webdataset_reads_our_shards(tmp_path):
         assert len(decode_sample(one["__key__"], one).views) == 4
 
 
-def test_the_index_of_our_shards_is_what_their_headers_say(tmp_path):
+def test_the_member_index_matches_the_tar_headers(tmp_path):
     manifest = write_synthetic_shards(tmp_path, train=3, val=1, views=4, resolution=16)
     for shard in manifest.shards:
         assert scan_tar(tmp_path / shard.name) == read_index(tmp_path, shard)
@@ -104,7 +104,7 @@ def bad_image(content):
 
 
 @pytest.mark.parametrize("damage", [cut, without_end, bad_header, bad_image])
-def test_damaged_shards_are_refused(foreign, damage):
+def test_index_rejects_damaged_shards(foreign, damage):
     path = foreign / "shard-000000.tar"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ShardError, match=r"shard-000000\.tar"):
@@ -112,7 +112,7 @@ def test_damaged_shards_are_refused(foreign, damage):
     assert not (foreign / "manifest.json").exists()
 
 
-def test_samples_of_other_views_or_of_one_key_are_refused(foreign):
+def test_index_rejects_duplicate_keys_and_different_views(foreign):
     write(foreign, "again-%06d.tar", KEYS[:1])
     with pytest.raises(ShardError, match="unique sample keys, but found 'object-0' 2 times"):
         index_folder(foreign)

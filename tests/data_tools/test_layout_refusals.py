@@ -140,7 +140,7 @@ def test_invalid_objects_are_reported_and_the_others_converted(layout, tmp_path,
     arguments = ["convert", "--from", layout, *folders]
     assert main([*arguments, "--held-out", "0"]) == 0
     said = capsys.readouterr().out
-    assert f"2 objects in 1 shard, {len(expected)} skipped\nwhy " in said
+    assert f"2 objects in 1 shard, {len(expected)} skipped\nreasons " in said
     assert said.splitlines()[-1] == f"next           make train DATA={tmp_path / 'out'}"
     found = reasons(tmp_path / "out")
     assert set(found) == set(expected)
@@ -158,13 +158,13 @@ def test_a_conversion_without_usable_objects_writes_only_the_reasons(layout, tmp
     arguments = ["convert", "--from", layout, *folders]
     assert main(arguments) == 1
     assert re.search(
-        r"found none among 1 that can be used\. .*failures.jsonl.*expected a file", capsys.readouterr().err
+        r"found none among 1 object\. .*failures.jsonl.*expected a file", capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
     assert "a" in (tmp_path / "out.failures.jsonl").read_text()
     (tmp_path / "empty").mkdir()
     assert main([*arguments[:4], str(tmp_path / "empty"), *arguments[5:]]) == 1
-    assert f"expected objects as {layout} lays them out, but found none" in capsys.readouterr().err
+    assert f"expected objects in the layout of {layout}, but found no objects" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["openlrm", "zero123"], indirect=True)
@@ -240,6 +240,6 @@ def test_options_of_another_layout_and_out_of_range_numbers_are_rejected(tmp_pat
 def test_two_objects_with_the_same_id_are_rejected(tmp_path):
     for name in ("a b", "a_b"):
         write_zero123(tmp_path / "in" / name, ellipsoid("a"))
-    with pytest.raises(InputError, match="found a b and a_b, which are both 'a_b'"):
+    with pytest.raises(InputError, match="found a b and a_b with the id 'a_b'"):
         converted("zero123", tmp_path / "in", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

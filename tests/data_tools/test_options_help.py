@@ -6,7 +6,7 @@ from data_tools.__main__ import main
 
 
 @pytest.mark.parametrize("command", ["render", "validate", "inspect", "repack", "merge", "demo-assets"])
-def test_the_help_names_defaults_that_there_are_and_no_others(command, capsys):
+def test_help_texts_contain_only_existing_defaults(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = capsys.readouterr().out

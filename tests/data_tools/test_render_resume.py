@@ -43,6 +43,7 @@ def in_process(monkeypatch):
         ({"held_out": 2}, "held_out: expected 2", "repack .* --held-out N"),
         ({"shard_size": 3}, "shard_size: expected 3", "repack .* --shard-size N"),
         ({"resolution": 4}, "resolution: expected 4", "repack .* --res N"),
+        ({"depth": True}, "depth: expected True, but found False", "choose another OUT="),
     ],
 )
 def test_changed_settings_raise_an_error_that_suggests_repack(assets, tmp_path, change, found, remedy):

@@ -18,12 +18,13 @@ from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.tar import write_shard
+from lrm_pl.errors import InputError
 from lrm_pl.paths import hash_file
 from tests.builders import members, spoil_first_poses
 from tests.data_tools.stand_in_worker import MEASURES
 
 
-def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):
+def test_repack_changes_the_shard_size_and_keeps_bytes_and_splits(shards, tmp_path):
     manifest = repack([shards], tmp_path / "out", shard_size=3)
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [
         ("train-000000.tar", 3), ("train-000001.tar", 1), ("val-000000.tar", 2),
@@ -34,7 +35,7 @@ def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 
-def test_another_resolution_changes_images_alone_and_cameras_still_fit(shards, tmp_path):
+def test_repack_resizes_images_and_keeps_the_other_members(shards, tmp_path):
     repack([shards], tmp_path / "out", resolution=16)
     for key, (split, content) in members(shards).items():
         again_split, again = members(tmp_path / "out")[key]
@@ -48,7 +49,7 @@ def test_another_resolution_changes_images_alone_and_cameras_still_fit(shards, t
     assert read_manifest(tmp_path / "out").render["resolution"] == 16
 
 
-def test_making_smaller_averages_colors_by_their_alpha_by_hand():
+def test_resizing_averages_premultiplied_colors():
     rgba = np.zeros((8, 8, 4), dtype=np.uint8)
     rgba[0, 0] = (200, 100, 50, 255)
     rgba[0, 1] = (0, 255, 0, 0)  # of no color where nothing is
@@ -60,25 +61,26 @@ def test_making_smaller_averages_colors_by_their_alpha_by_hand():
     assert small[3, 3].tolist() == [0, 0, 0, 0]
     same = encode_image(rgba)
     assert resized("a", same, 8) is same
-    with pytest.raises(RepackError, match=r"at least 16 pixels a side, but found \(8, 8\)"):
+    with pytest.raises(RepackError, match=r"at least 16 x 16 pixels, but found 8 x 8 pixels\. Use a smaller"):
         resized("a", same, 16)
 
 
-def test_another_split_is_that_of_the_renderer(shards, tmp_path):
+def test_repack_selects_the_same_validation_split_as_the_renderer(shards, tmp_path):
     repack([shards], tmp_path / "out", held_out=3)
     from data_tools.rendering.shard_plan import held_out_ids
 
     found = members(tmp_path / "out")
     assert {key for key, (split, _) in found.items() if split == "val"} == held_out_ids(list(found), 3)
-    with pytest.raises(RepackError, match="below 6"):
+    with pytest.raises(InputError, match="--held-out between 0 and 5"):
         repack([shards], tmp_path / "other", held_out=6)
 
 
-def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys):
+def test_merge_rejects_duplicate_ids_and_different_views(shards, tmp_path, capsys):
     other = tmp_path / "other"
     write_synthetic_shards(other, train=2, val=0, views=8, resolution=32, shard_size=1)
     with pytest.raises(
-        RepackError, match=r"'train-ellipsoid-000' in .*shards.* and in .*other\. .*--data\.also"
+        RepackError,
+        match=r"'train-ellipsoid-000' in .*shards.* and in .*other\. Use `--data\.also`",
     ):
         repack([shards, other], tmp_path / "out")
     few = tmp_path / "few"
@@ -141,18 +143,18 @@ def other(shards, tmp_path):
         ("surface", True, False),
     ],
 )
-def test_folders_of_other_cameras_or_geometry_are_not_joined(shards, other, tmp_path, name, one, two):
+def test_merge_rejects_different_cameras_and_geometry(shards, other, tmp_path, name, one, two):
     first = rendered(shutil.copytree(shards, tmp_path / "first"), **{name: one})
     rendered(other, **({} if two is None else {name: two}))
     with pytest.raises(
         RepackError,
-        match=f"the same {name}, but found .* in .*first, .* in .*others. Train on both as they are",
+        match=f"the same {name}, but found .* in .*first, .* in .*others. Use `--data.also` to train",
     ):
         repack([first, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_joined_folder_says_only_what_is_true_of_all_its_objects(shards, other, tmp_path):
+def test_merge_keeps_only_settings_that_all_folders_share(shards, other, tmp_path):
     same = {"preset": "frame", "depth": False, "resolution": 32}
     first = rendered(shutil.copytree(shards, tmp_path / "first"), **same, seed=0, renderer="a", samples=4)
     rendered(other, **same, seed=1, renderer="a")
@@ -163,20 +165,7 @@ def test_a_joined_folder_says_only_what_is_true_of_all_its_objects(shards, other
     assert set(members(tmp_path / "out")) == set(members(shards)) | {"first", "second"}
 
 
-def test_objects_that_one_folder_holds_out_are_not_advised_into_training(shards, tmp_path):
-    repack([shards], tmp_path / "trained", held_out=0)
-    with pytest.raises(RepackError, match=r"'val-.*' is held out in .*shards.* and trained on in .*trained"):
-        repack([shards, tmp_path / "trained"], tmp_path / "out")
-    few = tmp_path / "few"
-    write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
-    with pytest.raises(
-        RepackError,
-        match=r"the same views, but found 3 in .*, 8 in .*\. Train on both as they are: --data\.also",
-    ):
-        repack([few, shards], tmp_path / "out")
-
-
-def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp_path):
+def test_repack_rejects_a_damaged_sample_and_writes_no_folder(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     spoil_first_poses(broken / "train-000000.tar")
@@ -218,9 +207,7 @@ def say_fewer_views(folder):
         (say_fewer_views, "expected 7 views as in the manifest, but found 8"),
     ],
 )
-def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_that_are(
-    shards, tmp_path, damage, message
-):
+def test_repack_rejects_shards_that_differ_from_the_manifest(shards, tmp_path, damage, message):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     damage(broken)
@@ -229,7 +216,7 @@ def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_tha
     assert not (tmp_path / "out").exists()
 
 
-def test_objects_of_two_sizes_are_not_joined_whatever_their_manifests_say(shards, tmp_path):
+def test_merge_rejects_views_of_different_sizes(shards, tmp_path):
     large = tmp_path / "large"
     write_synthetic_shards(large, train=2, val=0, views=8, resolution=64, seed=9)
     (few := tmp_path / "few").mkdir()
@@ -244,7 +231,7 @@ def test_objects_of_two_sizes_are_not_joined_whatever_their_manifests_say(shards
 
 
 @pytest.mark.parametrize("resolution", [None, 16])
-def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
+def test_repack_keeps_custom_members(shards, tmp_path, resolution):
     source = tmp_path / "source"
     source.mkdir()
     samples = [
@@ -260,7 +247,7 @@ def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
     assert [float(item.weight) for item in items] == [1.0] * len(samples), "they are no views"
 
 
-def test_why_objects_were_left_out_goes_along(shards, tmp_path):
+def test_repack_copies_the_failures(shards, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(shards, source)
     record = {"id": "b", "file": "b.glb", "reason": "is empty"}
@@ -289,7 +276,7 @@ def measured(shards, out):
     return first
 
 
-def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards, tmp_path, capsys):
+def test_rules_select_among_accepted_and_rejected_objects(shards, tmp_path, capsys):
     first = measured(shards, tmp_path / "in")
     assert validate(tmp_path / "in") == 0
     everything = set(members(shards))
@@ -301,9 +288,11 @@ def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards,
     repack([tmp_path / "in"], tmp_path / "white", rules=["white == 1"])
     assert set(members(tmp_path / "white")) == {first}
     assert read_manifest(tmp_path / "white").render["rules"] == ["white == 1"]
-    with pytest.raises(RepackError, match="expected objects that satisfy white > 1, but found none of 6"):
+    with pytest.raises(
+        RepackError, match="expected objects that satisfy white > 1, but found none among 6 objects"
+    ):
         repack([tmp_path / "in"], tmp_path / "none", rules=["white > 1"])
     with pytest.raises(
-        RepackError, match="expected measures of every object, but found none of 'train-ellipsoid-000'"
+        RepackError, match="expected measures of all objects, but found no measures of 'train-ellipsoid-000'"
     ):
         repack([shards], tmp_path / "unmeasured", rules=["white < 1"])
