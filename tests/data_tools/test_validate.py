@@ -249,7 +249,7 @@ def test_an_error_of_the_file_system_is_printed_in_one_line(shards, tmp_path, ca
 
 
 def test_a_killed_worker_process_raises_an_error_with_a_remedy():
-    with pytest.raises(InputError, match="A worker process was killed"), processes(1) as pool:
+    with pytest.raises(InputError, match="worker process was killed"), processes(1) as pool:
         pool.submit(_die).result()
 
 
