@@ -4,12 +4,11 @@ Blender is not imported in the calling process.
 """
 
 import dataclasses
+import faulthandler
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
-import time
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -63,14 +62,11 @@ def convert_all(
         if not hasattr(local, "process"):
             context = multiprocessing.get_context("spawn")
             local.process = ProcessPoolExecutor(1, context, initializer=_start_process, initargs=(log,))
-        start = time.monotonic()
         try:
             return local.process.submit(_convert, task, TIME_LIMIT_S).result()
         except BrokenProcessPool:
             del local.process
-            if time.monotonic() - start < TIME_LIMIT_S:
-                return f"Blender crashed: see {log}"
-            return f"timeout: conversion took longer than {TIME_LIMIT_S:g} s"
+            return f"Blender crashed or took longer than {TIME_LIMIT_S:g} s: see {log}"
 
     with ThreadPoolExecutor(jobs) as threads:
         futures = {threads.submit(convert, task): task for task in tasks}
@@ -90,9 +86,9 @@ def _start_process(log: Path) -> None:
 
 
 def _convert(task: ConversionTask, time_limit_s: float) -> str:
-    """Convert a model and return the error, or "". If the time limit is exceeded, SIGALRM kills the process."""
+    """Convert a model and return the error, or "". If the time limit is exceeded, the process exits."""
     print(f"--- {task.id}", flush=True)
-    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    faulthandler.dump_traceback_later(time_limit_s, exit=True)
     try:
         with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(task.archive) as archive:
             folder, textures = Path(name) / "model", Path(name) / "textures"
@@ -108,5 +104,5 @@ def _convert(task: ConversionTask, time_limit_s: float) -> str:
         traceback.print_exc()
         return f"conversion failed: {type(error).__name__}: {str(error).strip()}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
     return ""
