@@ -1,4 +1,4 @@
-"""Blockwise attention: values, gradients and memory, compared with plain attention."""
+"""Tests of attention in blocks, compared with the reference implementation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training under ``--trainer.deterministic true``: no operator of a step is refused on CUDA."""
+"""Tests that a step with ``--trainer.deterministic true`` uses only operators that are deterministic on CUDA."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.builders import make_batch
 
-#: What raises on CUDA under torch.use_deterministic_algorithms: the operators of all calls of
-#: Context::alertNotDeterministic in libtorch_cuda.so and libtorch_cpu.so of torch 2.14.1 (_embedding_bag_dense_backward
-#: only with mode="max", which training does not use).
-REFUSED = {
+#: Operators that raise an error on CUDA with torch.use_deterministic_algorithms, which are those that call
+#: Context::alertNotDeterministic in libtorch_cuda.so and libtorch_cpu.so of torch 2.14.1. _embedding_bag_dense_backward
+#: raises an error only with mode="max", which training does not use.
+NONDETERMINISTIC = {
     "_adaptive_avg_pool2d_backward",
     "_adaptive_avg_pool3d_backward",
     "_ctc_loss_backward",
@@ -69,7 +69,7 @@ BODIES = {
 
 
 class Operators(TorchDispatchMode):
-    """Notes the name of every operator."""
+    """Dispatch mode that records the names of all operators."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def test_all_operators_of_a_training_step_are_deterministic_on_cuda(encoder, ren
         "cumsum",
         "max_pool2d_with_indices_backward",
     }  # all of it is looked into
-    assert not operators.names & REFUSED
+    assert not operators.names & NONDETERMINISTIC
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -140,4 +140,4 @@ def test_the_reference_for_sampling_is_not_deterministic_on_cuda():
             planes, torch.rand(5, 3), ((0, 1), (0, 2), (1, 2)), "sum"
         )
         sampled.sum().backward()
-    assert operators.names & REFUSED == {"grid_sampler_2d_backward"}
+    assert operators.names & NONDETERMINISTIC == {"grid_sampler_2d_backward"}

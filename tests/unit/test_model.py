@@ -144,7 +144,7 @@ def planes_of(model, views=1, **changes):
 
 
 def modulated(**options):
-    """A tiny network whose modulations do something."""
+    """Return a small network with nonzero modulations."""
     model = tiny_lrm(**options)
     for name, parameter in model.named_parameters():
         if "modulation" in name:

@@ -1,4 +1,4 @@
-"""Operation counts of programs on fake tensors, compared with values computed by hand."""
+"""Tests of operation counts on fake tensors, compared with values computed by hand."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def lrm():
 
 
 def step(network):
-    """Run forward and backward; return the planes and all gradients by name."""
+    """Run the forward and backward passes, and return the planes and all gradients by name."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(2, 1, 3, 32, 32, generator=generator)
     c2w, fxfycxcy = torch.eye(4).expand(2, 1, 4, 4), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 1, 4)

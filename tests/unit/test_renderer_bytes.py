@@ -1,4 +1,4 @@
-"""Bytes that the renderer's operations read and write, forward and backward."""
+"""Tests of the number of bytes that the operations of the renderer access."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Simulated steps, compared with real ones."""
+"""Tests of simulated training steps, compared with real steps."""
 
 import contextlib
 import copy

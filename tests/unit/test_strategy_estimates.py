@@ -1,4 +1,4 @@
-"""Estimates of each strategy, compared with values computed by hand."""
+"""Tests of the estimates of each strategy, compared with values computed by hand."""
 
 import dataclasses
 

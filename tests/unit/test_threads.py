@@ -1,4 +1,4 @@
-"""Threads of our own, and those of everybody else."""
+"""Tests of ``run_threads`` and of the number of intra-op threads in other threads."""
 
 import threading
 

@@ -106,7 +106,7 @@ def test_the_error_for_invalid_planes_contains_both_shapes():
 
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
-    """Run the accelerator's branches on CPU tensors."""
+    """Select the branches for accelerators on CPU tensors."""
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
 
 
