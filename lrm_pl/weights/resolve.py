@@ -134,7 +134,7 @@ def find(
             subject=name,
             expected=f"a source among {providers}",
             found=f"{source!r}",
-            remedy="choose one of them, or give a file",
+            remedy="use one of them, or specify a file",
         )
     return next((found for file in files if (found := _find_cached(name, file)) is not None), None)
 
