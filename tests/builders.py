@@ -78,9 +78,9 @@ def tiny_pretrained():
 
 
 def tiny_lrm(**options):
-    """Return an LRM with the smallest DINOv2 encoder and random weights."""
+    """Return an LRM with a DINOv2 encoder of one block and random weights."""
     torch.manual_seed(0)
-    encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=28, frozen=True)
+    encoder = ImageEncoder("vit_small_patch14_dinov2", 28, frozen=True, dim=32, depth=1, heads=2)
     return LRM(
         encoder,
         NeRFDecoder(channels=4, width=8, layers=3),
