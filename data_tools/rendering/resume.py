@@ -108,16 +108,16 @@ def plan_folder(out: Path, settings: RenderSettings, assets: Sequence[Asset], fo
         splits = {asset.id: asset.split for asset in assets}
         shards = plan_shards(splits, settings.held_out, settings.shard_size)
         return ResumePlan(shards, list(_make_rows(shards, by_id, stamps, {})))
-    before = _read_plan(out)
+    is_listed = list_matches(out, assets)  # before the plan is read, because it needs memory temporarily
+    before = _read_plan(out, by_id)
     _check_removed(out, [row for row in before if row.id not in by_id], folder)
     kept = [row for row in before if row.id in by_id]
     _check_splits(out, kept, by_id)
     _check_meshes(out, kept, by_id, stamps, folder)
-    planned = {row.id for row in before}
-    added = [asset for asset in assets if asset.id not in planned]
+    added = [by_id[key] for key in sorted(by_id.keys() - (row.id for row in before))]
     shards = _group_rows(kept) + _plan_added(added, before, settings.shard_size)
     hashes = {row.id: row.sha256 for row in before if row.sha256}
-    list_changed = bool(added) or len(kept) < len(before) or not list_matches(out, assets)
+    list_changed = bool(added) or len(kept) < len(before) or not is_listed
     if not list_changed and all(map(operator.eq, before, _make_rows(shards, by_id, stamps, hashes))):
         return ResumePlan(shards, before, is_recorded=True)
     rows = list(_make_rows(shards, by_id, stamps, hashes))
@@ -165,8 +165,8 @@ def _read_stamps(folder: Path, assets: Sequence[Asset]) -> dict[str, tuple[int, 
     return {asset.id: stamp for asset, stamp in zip(local, stamps, strict=True) if stamp}
 
 
-def _read_plan(out: Path) -> list[PlanRow]:
-    """Read ``plan.parquet``."""
+def _read_plan(out: Path, assets: Mapping[str, Asset]) -> list[PlanRow]:
+    """Read ``plan.parquet``. To save memory, the rows refer to the ids of the assets."""
     path = out / PLAN_NAME
     try:
         table = pyarrow.parquet.read_table(path, memory_map=False).cast(_SCHEMA)
@@ -178,6 +178,7 @@ def _read_plan(out: Path) -> list[PlanRow]:
             remedy="restore the folder, or choose another OUT=",
         ) from error
     ids, shards, *others = (column.to_pylist() for column in table.columns)
+    ids = [assets[key].id if key in assets else key for key in ids]
     return list(map(PlanRow, ids, map(sys.intern, shards), *others))
 
 

@@ -105,6 +105,12 @@ def one_ray_for_all():
         yield
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Render in the process of the driver, without Ray."""
+    patch_pool(monkeypatch)
+
+
 def write_meshes(folder):
     """Write the assets a to f, which the stand-in renders."""
     folder.mkdir()

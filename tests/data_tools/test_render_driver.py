@@ -101,7 +101,7 @@ def test_the_default_time_limit_increases_with_the_number_of_samples():
     assert limit(64, 1024, 128) == pytest.approx(12 * 3600, rel=0.02)
 
 
-def test_an_error_is_raised_if_all_assets_fail(assets, tmp_path):
+def test_an_error_is_raised_if_all_assets_fail(assets, tmp_path, in_process):
     for path in assets.iterdir():
         path.write_text("bad")
     with pytest.raises(InputError, match="at least one rendered object, but found 6 failures"):
@@ -118,28 +118,31 @@ def test_insufficient_disk_space_raises_an_error_before_rendering(assets, tmp_pa
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-@pytest.mark.parametrize("where", ["driver", "worker"])
-def test_a_full_disk_raises_an_error_and_the_next_run_resumes(
-    assets, tmp_path, reference, monkeypatch, where
+def test_a_full_disk_of_the_driver_raises_an_error_and_the_next_run_resumes(
+    assets, tmp_path, reference, monkeypatch, in_process
 ):
+    def fail(folder, name, *args, **options):
+        if name == "train-000001.tar":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(folder, name, *args, **options)
+
     out, original = tmp_path / "out", shard_folder.write_shard
-    if where == "worker":
-        (assets / "full").touch()  # the stand-in reports "no space" if this file exists
-    else:
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_folder, "write_shard", fail)
+        with pytest.raises(InputError, match=r"free disk space.* run the same command again to resume"):
+            run(assets, out)
+    assert not (out / "manifest.json").exists()
+    run(assets, out)
+    assert read_tars(out) == read_tars(reference / "out")
 
-        def fail(folder, name, *args, **options):
-            if name == "train-000001.tar":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return original(folder, name, *args, **options)
 
-        monkeypatch.setattr(shard_folder, "write_shard", fail)
+def test_a_full_disk_of_a_worker_raises_an_error_and_the_next_run_resumes(assets, tmp_path, reference):
+    out = tmp_path / "out"
+    (assets / "full").touch()  # the stand-in reports "no space" if this file exists
     with pytest.raises(InputError, match=r"free disk space.* run the same command again to resume"):
         run(assets, out)
     assert not (out / "manifest.json").exists()
-    if where == "worker":
-        (assets / "full").unlink()
-    else:
-        monkeypatch.setattr(shard_folder, "write_shard", original)
+    (assets / "full").unlink()
     run(assets, out)
     assert read_tars(out) == read_tars(reference / "out")
 
@@ -166,7 +169,7 @@ def test_a_process_is_replaced_after_the_maximum_number_of_objects(assets, tmp_p
     assert sorted(sample.info.seed for sample in samples) == [1, 1, 1, 2, 2, 2]
 
 
-def test_rejected_objects_are_written_to_separate_shards(assets, tmp_path, capfd):
+def test_rejected_objects_are_written_to_separate_shards(assets, tmp_path, in_process, capfd):
     for name in "bd":
         (assets / f"{name}.glb").write_text("white")
     out = tmp_path / "out"
@@ -228,10 +231,12 @@ def test_blender_is_stopped_with_its_ray_worker(assets, tmp_path):
     blenders[0].wait(timeout=20)
 
 
-def test_processes_that_are_starting_when_the_pool_is_closed_release_their_cpus(assets):
-    options = ray_pool.PoolOptions(assets, RENDER_SETTINGS, 4)
-    for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
-        pool = ray_pool.RenderPool(options)
+@pytest.mark.parametrize(
+    "waits_s", [(0.0, 0.1, 0.4), pytest.param((0.05, 0.2, 0.3, 0.6), marks=pytest.mark.soak)]
+)
+def test_processes_that_are_starting_when_the_pool_is_closed_release_their_cpus(assets, waits_s):
+    pool = ray_pool.RenderPool(ray_pool.PoolOptions(assets, RENDER_SETTINGS, 4))
+    for wait_s in waits_s:
         pool._grow(0, 4)
         time.sleep(wait_s)
         pool.close()

@@ -23,12 +23,9 @@ from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_sam
 from lrm_pl.errors import InputError
 from lrm_pl.paths import hash_file
 from tests.builders import RENDER_SETTINGS, read_tars
-from tests.data_tools.driver_runs import InProcessPool, failures, patch_pool, run
+from tests.data_tools.driver_runs import InProcessPool, failures, run
 
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    patch_pool(monkeypatch)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.mark.parametrize(
