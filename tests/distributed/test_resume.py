@@ -145,7 +145,7 @@ def test_sigusr1_in_slurm_saves_a_checkpoint_and_requests_a_requeue(runs, tmp_pa
     (runs.folder / "slurm" / "hpc_ckpt_1.ckpt").touch()
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="is a checkpoint that Lightning would load automatically"):
+    with pytest.raises(SystemExit, match="Lightning would automatically load the checkpoint"):
         runs.fit_here("slurm", *options)
 
 
