@@ -52,7 +52,7 @@ def extract_mesh(
         NoSurfaceError: There is no surface at this threshold, or no faces remain after decimation.
     """
     with stage("grid"):
-        density = density_grid(field, index, resolution, threshold).density.cpu()
+        density = density_grid(field, index, resolution, threshold).cpu()
     if bounds == "sphere":
         axis = torch.linspace(-1, 1, resolution).square()
         density[axis[:, None, None] + axis[:, None] + axis > 1] = 0
@@ -139,7 +139,7 @@ def surface_density(
     rays = renderer.rays(c2w, cameras, size)
     opaque = (rendering.opacity.flatten() > 0.5).nonzero().squeeze(-1)
     if not len(opaque):
-        density = density_grid(field, index, 64).density
+        density = density_grid(field, index, 64)
         raise NoSurfaceError(
             expected="an object with opaque pixels",
             found=f"none in any view: densities from {density.min():.3g} to {density.max():.3g}",

@@ -7,7 +7,6 @@ threshold. Features that are thinner than four points and have a sharp density f
 qualifies, the whole grid is evaluated.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -27,23 +26,10 @@ _STRIDE = 4
 _HINT = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
-class DensityGrid:
-    """Densities of one object on a regular grid.
-
-    Attributes:
-        density: Densities of shape (X, Y, Z) at points from -1 to 1 inclusive along each axis.
-        num_queries: Number of points at which the field was evaluated.
-    """
-
-    density: Float[Tensor, "X Y Z"]
-    num_queries: int
-
-
 @torch.no_grad()
 def density_grid(
     field: Field, index: int, resolution: int = 384, threshold: float | None = None
-) -> DensityGrid:
+) -> Float[Tensor, "X Y Z"]:
     """Evaluate the density of one object on a regular grid.
 
     Args:
@@ -52,11 +38,13 @@ def density_grid(
         resolution: Number of points along each axis.
         threshold: Density of the surface of interest. Points far from the surface get the density of a nearby point.
             If None, every point is evaluated.
+
+    Returns:
+        Densities at points from -1 to 1 inclusive along each axis.
     """
     axis = torch.linspace(-1, 1, resolution, device=field.planes.device)
     if threshold is None or resolution <= 2 * _STRIDE:
-        density = query_density(field, index, _grid_points(axis))
-        return DensityGrid(density.view(resolution, resolution, resolution), density.numel())
+        return query_density(field, index, _grid_points(axis)).view((resolution,) * 3)
     coarse_axis = axis[torch.arange(0, resolution + _STRIDE - 1, _STRIDE).clamp_max(resolution - 1)]
     coarse = query_density(field, index, _grid_points(coarse_axis)).view((len(coarse_axis),) * 3)
     fine = _upsample(_crossed_cells(coarse, threshold), resolution).nonzero()  # synchronizes with the GPU
@@ -64,7 +52,7 @@ def density_grid(
         return density_grid(field, index, resolution)
     density = _upsample(coarse[:-1, :-1, :-1], resolution)
     density[fine.unbind(-1)] = query_density(field, index, axis[fine])
-    return DensityGrid(density, coarse.numel() + len(fine))
+    return density
 
 
 def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:

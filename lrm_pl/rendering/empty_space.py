@@ -83,7 +83,7 @@ def measure_occupancy(
         cells: Number of cells along each axis.
         min_density: Density per scene unit up to which a point counts as empty.
     """
-    visible = density_grid(field, index, _POINTS_PER_CELL * cells + 1).density > min_density
+    visible = density_grid(field, index, _POINTS_PER_CELL * cells + 1) > min_density
     # Pool over the points of a cell, including points on its faces, with a margin of one cell on each side.
     padded = F.pad(visible.float()[None, None], (_POINTS_PER_CELL,) * 6)
     pooled = F.max_pool3d(padded, 3 * _POINTS_PER_CELL + 1, stride=_POINTS_PER_CELL)

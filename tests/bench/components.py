@@ -195,7 +195,7 @@ def queries(rounds: int) -> list[dict[str, object]]:
         )  # fmt: skip
         level = query_density(field, 0, points[::97]).quantile(0.99).item()
         mesh = seconds(lambda: extract_mesh(field, 0, level, 384), 1)
-        density = density_grid(field, 0, 384, level).density.numpy()
+        density = density_grid(field, 0, 384, level).numpy()
         cubes = seconds(lambda: marching_cubes(density, level), 1)
         with torch.autocast("cpu", enabled=False), torch.enable_grad():
             planes = ball(decoder)
