@@ -22,6 +22,7 @@ RENDER = "tests/gpu/test_rendering.py::test_deferred_rendering_matches_the_refer
 ON_CUDA = {
     "lrm_pl/planning/memory.py:peak_memory": TRACE,
     "lrm_pl/callbacks/phase_clock.py:PhaseClock._now": TRACE,
+    "lrm_pl/callbacks/phase_clock.py:PhaseClock.pop_totals": TRACE,
     "lrm_pl/callbacks/trace.py:TraceRecorder.on_train_start": TRACE,
     "lrm_pl/callbacks/utilization.py:UtilizationMeter.utilization": TRACE,
     "lrm_pl/data/batch.py:PackedBatch.to": MODEL,
