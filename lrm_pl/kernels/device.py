@@ -219,12 +219,13 @@ def triton_unavailable(device: torch.device) -> str | None:
             *gpu.capability
         )
     if reason is not None:
-        _log_once("Running without Triton kernels: %s", reason)
+        log_once("Running without Triton kernels: %s", reason)
     return reason
 
 
 @functools.cache
-def _log_once(message: str, reason: str) -> None:
+def log_once(message: str, reason: str) -> None:
+    """Log a message with a reason, once per process."""
     logger.info(message, reason)
 
 

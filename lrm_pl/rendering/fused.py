@@ -6,8 +6,6 @@ grid and are masked. The outputs of the decoder take 16 bytes per sample. Up to 
 backward pass, and the remaining outputs are recomputed, so that memory is bounded.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
@@ -24,15 +22,13 @@ from lrm_pl.kernels.decode_along_rays import (
     pack,
     unpack,
 )
-from lrm_pl.kernels.device import on_cpu, triton_unavailable
+from lrm_pl.kernels.device import log_once, on_cpu, triton_unavailable
 from lrm_pl.kernels.linear import HiddenActivation
 from lrm_pl.kernels.triplane import Axes, Reduce
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.ray_marching import Evaluate, RayBundle, RayMarching, march_rays
-
-logger = logging.getLogger(__name__)
 
 #: Default number of points that are decoded at a time. Compositing them takes about 0.5 GB.
 _POINTS = 2**21
@@ -68,7 +64,7 @@ def is_fused(field: Field, device: torch.device) -> TypeGuard[FusableField]:
         return False
     reason = _unsupported_reason(field, device)
     if reason is not None:
-        _log_once(reason)
+        log_once("Rendering without the fused decoder: %s", reason)
     return reason is None
 
 
@@ -84,11 +80,6 @@ def _unsupported_reason(field: Field, device: torch.device) -> str | None:
     if _compute_dtype(device) == torch.float16:
         return "float16 is not supported; use bfloat16 or float32"
     return triton_unavailable(device)
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    logger.info("Rendering without the fused decoder: %s", reason)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

@@ -165,7 +165,7 @@ def test_unsupported_fields_are_rendered_with_pytorch_operators_and_the_reason_i
 ):
     decoder, planes = scene(**options)
     field = decoder.field(Triplane(planes))
-    rendering._log_once.cache_clear()
+    device.log_once.cache_clear()
     with caplog.at_level(logging.INFO), torch.autocast("cpu", torch.float16, enabled="float16" in reason):
         assert not rendering.is_fused(field, planes.device)
         assert not rendering.is_fused(field, planes.device)
@@ -204,7 +204,7 @@ def machine(monkeypatch):
     found = SimpleNamespace(major=8, minor=0, multi_processor_count=80, L2_cache_size=6 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.delenv("CC", raising=False)
-    for cached in (device._missing_for_triton, device._log_once):
+    for cached in (device._missing_for_triton, device.log_once):
         cached.cache_clear()
     yield monkeypatch
     device._missing_for_triton.cache_clear()
