@@ -125,7 +125,7 @@ class ShardDataModule(L.LightningDataModule):
                     subject=source.location,
                     expected=f"at least {needed} views per object ({views})",
                     found=manifest.views,
-                    remedy=f"lower data.side_views or data.unseen_views, or render with VIEWS={needed}",
+                    remedy=f"lower data.side_views or data.unseen_views, or run `make render-shards VIEWS={needed}`",
                 )
 
     @property
