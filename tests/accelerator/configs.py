@@ -1,10 +1,17 @@
 """The configurations of configs/model with small sizes and unchanged options."""
 
+import pytest
 import yaml
 
 from tests import ROOT
 
-MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
+#: With small sizes, these configs differ from openlrm_small only in the name of the encoder.
+REPEATED = ("openlrm_base", "openlrm_large")
+
+MODELS = [
+    pytest.param(path.stem, marks=[pytest.mark.soak] if path.stem in REPEATED else [])
+    for path in sorted((ROOT / "configs/model").glob("*.yaml"))
+]
 
 #: Sizes by key. Other settings are unchanged. The width and depth of the decoder are unchanged because they determine
 #: the renderer on a GPU.
