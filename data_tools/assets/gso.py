@@ -119,8 +119,9 @@ def _unpack(path: Path, folder: Path) -> None:
         materials = read_obj_materials(obj, lambda name: read_member(archive, _member_path(archive, name)))
         if materials.missing:
             raise ArchiveError(subject=path.name, expected=f"the file {materials.missing[0]}", found="none")
-        names = ("model.obj", *materials.libraries, *materials.textures)
-        extract(archive, {name: _member_path(archive, name) for name in names}, partial)
+        names = (*materials.libraries, *materials.textures)
+        members = {name: _member_path(archive, name) for name in names}
+        extract(archive, {"model.obj": "meshes/model.obj"} | members, partial)
     partial.rename(folder)
 
 
