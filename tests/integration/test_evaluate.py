@@ -369,6 +369,6 @@ def test_missing_weights_of_inception_and_clip_are_rejected_with_a_remedy(
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
     with pytest.raises(
-        SystemExit, match=r"vit_base_patch32_clip.*: expected weights at .*none.pth, but found no file"
+        SystemExit, match=r"vit_base_patch32_clip.*: expected a file at .*none.pth, but found none"
     ):
         run(pretrained, data, tmp_path / "out", "--clip", str(tmp_path / "none.pth"), "--clip-sha256", "00")

@@ -175,7 +175,7 @@ def test_a_missing_path_is_not_requested_from_the_hub(pretrained, tmp_path):
             InputError, match=f"a run or a checkpoint at {name}, but found nothing. Correct the path"
         ):
             LRMPipeline.from_pretrained(name)
-    with pytest.raises(InputError, match=f"but found the file {tmp_path / 'file'}"):
+    with pytest.raises(InputError, match=f"at {tmp_path / 'file'}, but found a file"):
         LRMPipeline.from_pretrained(tmp_path / "file")
     for file in ("model.safetensors", "config.yaml"):
         assert LRMPipeline.from_pretrained(pretrained / file).framing == TINY_FRAMING
