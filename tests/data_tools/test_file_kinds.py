@@ -24,7 +24,11 @@ def write(tmp_path, name, content):
     [
         ("a.obj", "", "found an empty file"),
         ("a.fbx", " \n", "found an empty file"),
-        ("a.glb", "<!doctype html>", "'<!doctype html>'. It may be an error page of a server"),
+        (
+            "a.glb",
+            "<!doctype html>",
+            "'<!doctype html>'. Check the URL; the file may be an error page of the server",
+        ),
         ("a.obj", OBJ.encode("utf-16"), "a.obj: expected UTF-8 text, but found UTF-16"),
         ("a.obj", OBJ.encode("utf-16-be"), "a.obj: expected UTF-8 text, but found UTF-16"),
         ("a.gltf", "{}".encode("utf-16"), "found UTF-16"),
