@@ -128,7 +128,7 @@ def test_a_glob_pattern_is_expanded_to_images(tmp_path):
         ),
         (["https://example.com/a.png"], "on this machine, but found the URL https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the URL s3://bucket/out"),
-        ([""], "expected a path, but found nothing"),
+        ([""], "expected a path, but found an empty string"),
     ],
 )
 def test_invalid_option_values_and_paths_are_rejected_with_a_remedy(words, message, capsys):
