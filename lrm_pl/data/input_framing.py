@@ -51,14 +51,13 @@ class InputFraming:
         Raises:
             InputError: A field is unknown or is not a number.
         """
-        try:
-            numbers = {name: None if value is None else float(value) for name, value in record.items()}
-            return cls(**numbers)  # type: ignore[arg-type]
-        except InputError:
-            raise
-        except (TypeError, ValueError) as error:
-            names = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise InputError(subject=where, expected=f"numbers named {names}", found=error) from error
+        names = [field.name for field in dataclasses.fields(cls)]
+        numbers: dict[str, Any] = {name: float(x) for name, x in record.items() if isinstance(x, int | float)}
+        if "threshold" in record and record["threshold"] is None:
+            numbers["threshold"] = None
+        if wrong := [str(name) for name in record if name not in numbers or name not in names]:
+            raise InputError(f"numbers named {', '.join(names)}", ", ".join(wrong), subject=where)
+        return cls(**numbers)
 
 
 def measure_framing(batches: Iterable[Batch]) -> InputFraming | None:
