@@ -29,3 +29,8 @@ def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
             return backend.lower()
     preferences.compute_device_type = "NONE"
     return "cpu"
+
+
+def cycles_device(backend: str) -> str:
+    """Return the value of ``scene.cycles.device`` for a backend that ``enable_gpus`` has returned."""
+    return "CPU" if backend == "cpu" else "GPU"

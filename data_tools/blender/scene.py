@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.blender.device import enable_gpus
+from data_tools.blender.device import cycles_device, enable_gpus
 from data_tools.rendering.cameras import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
 from lrm_pl.data.geometry_views import MIN_DEPTH
@@ -47,7 +47,7 @@ def set_up_scene(resolution: int, samples: int, threads: int) -> None:
     scene = bpy.context.scene
     render, cycles = scene.render, scene.cycles
     render.engine = "CYCLES"
-    cycles.device = "CPU" if _choose_device() == "cpu" else "GPU"
+    cycles.device = cycles_device(_choose_device())
     render.resolution_x = render.resolution_y = resolution
     render.resolution_percentage = 100
     render.pixel_aspect_x = render.pixel_aspect_y = 1.0
