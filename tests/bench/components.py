@@ -76,7 +76,7 @@ def transformer(rounds: int) -> list[dict[str, object]]:
     flops = 3 * depth * block_flops(length, dim, 1025, 768)
     share = flops / taken / peak
     return [{
-        "bench": "transformer, paper's width, forward + backward: share of the bf16 peak", "value": share,
+        "bench": "transformer of the LRM paper, forward and backward: fraction of the peak bf16 FLOPS", "value": share,
         "target": ">= 0.4", "met": share >= 0.4, "ms_a_block": 1e3 * taken / depth, "gflops": flops / taken / 1e9,
         "peak_gflops": peak / 1e9, "bound_by": "products and softmax of attention's scores, twice in backward",
         "rounds": rounds,
@@ -94,8 +94,8 @@ def encoder(rounds: int) -> list[dict[str, object]]:
     forward_only = torch.no_grad()(forward)
     ahead, both = seconds(forward_only, rounds), seconds(lambda: forward().float().mean().backward(), rounds)
     return [{
-        "bench": "encoder, ViT-B/16 at 512 px: seconds forward + backward", "value": both, "target": "-", "met": True,
-        "forward": ahead, "rounds": rounds,
+        "bench": "encoder (ViT-B/16, 512 px), forward and backward: duration in seconds", "value": both,
+        "target": "-", "met": True, "forward": ahead, "rounds": rounds,
     }]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def renderer(rounds: int) -> list[dict[str, object]]:
         both = samples / seconds(lambda forward=forward: forward().square().mean().backward(), rounds)
         width = decoder.layers[0].out_features
         results.append({
-            "bench": f"renderer, {name}: million samples a second forward + backward", "value": both / 1e6,
+            "bench": f"renderer of {name}, forward and backward: million samples per second", "value": both / 1e6,
             "target": "-", "met": True, "forward": ahead / 1e6,
             # Twelve neighbors are read of the folded planes, and hidden layers are written and read in bf16.
             "bytes_a_sample_forward": 12 * width * 4 + 4 * width * len(decoder.layers),
@@ -208,30 +208,30 @@ def queries(rounds: int) -> list[dict[str, object]]:
         thing_mesh = seconds(lambda: extract_mesh(thing, 0, TRIPOSR_LEVEL, 384), 1)
     found: list[dict[str, object]] = []
     for where, share, (mine, other), (image, other_image) in (
-        ("nothing empty", occupancy.fraction, grid, drawn),
+        ("a random triplane", occupancy.fraction, grid, drawn),
         ("a ball", around.fraction, thing_grid, thing_drawn),
     ):
-        for what, number, seen, ours, twin in (
-            ("points of a grid", len(points), TRIPOSR_POINTS, mine, other),
-            ("samples of an image", 128**3, TRIPOSR_SAMPLES, image, other_image),
+        for what, unit, number, seen, ours, twin in (
+            ("density grid", "points", len(points), TRIPOSR_POINTS, mine, other),
+            ("image", "samples", 128**3, TRIPOSR_SAMPLES, image, other_image),
         ):
             rate, common = number / ours, {"occupied": share, "rounds": rounds}
             found += [
                 {
-                    "bench": f"TripoSR's size, {where}: million {what} a second", "value": rate / 1e6,
+                    "bench": f"TripoSR, {what} of {where}: million {unit} per second", "value": rate / 1e6,
                     "target": f">= {3 * seen / 1e6:.1f}", "met": rate >= 3 * seen, "triposr_seen": seen / 1e6,
                     "bound_by": "ten layers of 64: products and SiLU", **common,
                 },
                 {
-                    "bench": f"TripoSR's size, {where}: {what} a second, over the plain twin's",
+                    "bench": f"TripoSR, {what} of {where}: speed relative to the reference implementation",
                     "value": twin / ours, "target": ">= 3", "met": twin >= 3 * ours, "seconds": ours,
                     "plain_seconds": twin, **common,
                 },
             ]  # fmt: skip
     for name, taken in (
-        ("TripoSR's size, noise: seconds for a mesh of 384^3, coarse to fine", mesh),
-        ("TripoSR's size, a ball: seconds for a mesh of 384^3, coarse to fine", thing_mesh),
-        ("marching cubes alone, 384^3 of noise: seconds", cubes),
+        ("TripoSR, mesh of a random triplane at grid resolution 384: duration in seconds", mesh),
+        ("TripoSR, mesh of a ball at grid resolution 384: duration in seconds", thing_mesh),
+        ("marching cubes for a random triplane at grid resolution 384: duration in seconds", cubes),
     ):
         found.append({"bench": name, "value": taken, "target": "-", "met": True, "rounds": 1})
     return found

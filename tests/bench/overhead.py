@@ -66,7 +66,7 @@ def measure(shards: Path, rounds: int) -> dict[str, object]:
         for clock in (0, 1)
     )
     return {
-        "bench": "framework's share of a step",
+        "bench": "overhead of the framework, as a fraction of the step duration",
         "value": share,
         "target": f"< {TARGET}",
         "met": share < TARGET,

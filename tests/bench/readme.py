@@ -13,7 +13,7 @@ def table(rows: Rows) -> str:
     """Format results as one Markdown table per machine, in order of first appearance."""
     lines = []
     for machine in dict.fromkeys(machine for machine, _ in rows):
-        lines += [f"On {machine}:", "", "| | value | target |", "|---|---|---|"]
+        lines += [f"On {machine}:", "", "| benchmark | value | target |", "|---|---|---|"]
         lines += [
             f"| {name} | {found} | {wanted} |"
             for (owner, name), (found, wanted) in rows.items()
@@ -29,7 +29,7 @@ def read_table(text: str) -> Rows:
     for line in text.splitlines():
         if line.startswith("On "):
             machine = line.removeprefix("On ").removesuffix(":")
-        elif line.startswith("| ") and not line.startswith("| |"):
+        elif line.startswith("| ") and not line.startswith("| benchmark |"):
             name, found, wanted = (cell.strip() for cell in line.strip("|").split(" | "))
             rows[machine, name] = found, wanted
     return rows

@@ -43,7 +43,7 @@ def measure(shards: Path, rounds: int, steps: int = 25) -> dict[str, object]:
     one, two = statistics.median(rates[1]), statistics.median(rates[2])
     ratio = statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True))
     return {
-        "bench": "two processes of one thread / one process of two threads",
+        "bench": "training speed of two processes with one thread each, relative to one process with two threads",
         "value": ratio,
         "target": f">= {TARGET}",
         "met": ratio >= TARGET,

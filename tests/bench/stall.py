@@ -48,7 +48,7 @@ def measure(shards: Path, rounds: int) -> dict[str, object]:
     quiet = [step for i, step in enumerate(steps) if (i + 1) % EVERY > 4]
     stall = statistics.median(stalls)
     return {
-        "bench": "stall by a checkpoint, in steps",
+        "bench": "training delay caused by saving a checkpoint, in step durations",
         "value": stall,
         "target": f"< {TARGET}",
         "met": stall < TARGET,
