@@ -150,7 +150,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools", description="Prepare training data: from meshes to shards."
+        prog="python -m data_tools", description="Convert meshes or images to shards for training."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
     _add_render(commands)
@@ -172,20 +172,22 @@ def _add_render(commands: "Commands") -> None:
             "fbx files below ASSETS, into WebDataset shards. A second run resumes an interrupted one, renders added "
             "assets into additional shards, and updates names, creators, sources and licenses without rendering. "
             "Assets that cannot be rendered are listed in OUT/failures.jsonl; delete that file to retry them. "
-            "Blender's output for them is in OUT/quarantine. Objects that violate a rule are stored in separate, "
-            "rejected shards. OUT/filter.parquet holds the measures of all objects. If RAY_ADDRESS is set, Blender "
-            "runs on that Ray cluster."
+            "The output of Blender for failed assets is in OUT/quarantine. Objects that violate a rule are stored in "
+            "separate, rejected shards. OUT/filter.parquet contains the measures of all objects. If RAY_ADDRESS is "
+            "set, Blender runs on the Ray cluster at this address."
         ),
     ).add_argument
     default = "(default: %(default)s)"
     add("--assets", type=user_path, default=DEMO_ASSETS, help=f"folder to search for meshes {default}")
     add("--out", type=user_path, default=Path("data/demo"), help=f"output folder {default}")
-    add("--views", type=_between(1, 999), default=16, help=f"views per object {default}")
+    add("--views", type=_between(1, 999), default=16, help=f"number of views per object {default}")
     add("--res", type=_between(8, 4096), default=128, help=f"view width and height in pixels {default}")
     add("--depth", action="store_true", help="store a depth map for each view")
     add("--normals", action="store_true", help="store a normal map for each view")
     add("--surface", action="store_true", help="store surface points of each object, for `lrm evaluate`")
-    add("--samples", type=_between(1, 65536), default=16, help=f"Cycles samples per pixel {default}")
+    add(
+        "--samples", type=_between(1, 65536), default=16, help=f"number of Cycles samples per pixel {default}"
+    )
     add(
         "--jobs",
         type=_between(1, _MAX_JOBS),
@@ -195,7 +197,8 @@ def _add_render(commands: "Commands") -> None:
     add(
         "--normalize",
         choices=("sphere", "cube"),
-        help="normalize objects to a bounding sphere of radius 1 or to a longest side of 2 (default: by preset)",
+        help="normalize objects to a bounding sphere of radius 1 or to a longest side of 2 "
+        "(default: depends on the preset)",
     )
     add("--seed", type=_between(0, 2**31 - 1), default=0, help=f"seed of the cameras and of Cycles {default}")
     _add_plan(add, held_out="default: one sixth, at most 8")
@@ -217,15 +220,20 @@ def _add_render(commands: "Commands") -> None:
         type=_rule,
         nargs="*",
         metavar="RULE",
-        help="rules that objects must satisfy; others are rejected. A rule compares a measure of OUT/filter.parquet "
-        f"with a number (default: {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} for presets that show whole objects)",
+        help="rules that objects must satisfy. Objects that violate a rule are rejected. A rule compares a measure "
+        f"in OUT/filter.parquet with a number (default: {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} for presets "
+        "that show whole objects)",
     )
 
 
 def _add_plan(add: Callable[..., argparse.Action], held_out: str) -> None:
-    """Add the options of ``shard_plan``."""
-    add("--held-out", type=_between(0, 10**6), help=f"objects in the validation split ({held_out})")
-    add("--shard-size", type=_between(1, 10**6), help="objects per shard (default: at most about 256 MB)")
+    """Add the options that assign objects to splits and shards."""
+    add("--held-out", type=_between(0, 10**6), help=f"number of objects in the validation split ({held_out})")
+    add(
+        "--shard-size",
+        type=_between(1, 10**6),
+        help="number of objects per shard (default: shards of at most about 256 MB)",
+    )
 
 
 def _add_inspection(commands: "Commands") -> None:
@@ -242,7 +250,7 @@ def _add_inspection(commands: "Commands") -> None:
         help="check every byte of a folder of shards",
         description=(
             "Check sizes, hashes, members, schema and images, and whether the cameras are consistent with the images. "
-            "Problems are reported by shard and sample. The exit status is 1 if there are any."
+            "Problems are reported by shard and sample. If there are problems, the exit status is 1."
         ),
     )
     commands.add_parser(
@@ -257,10 +265,10 @@ def _add_inspection(commands: "Commands") -> None:
     index = commands.add_parser(
         "index",
         parents=[jobs],
-        help="make shards written with plain webdataset ready for training",
+        help="prepare shards written with the webdataset package for training",
         description=(
-            "Check the tar shards in FOLDER and write a member index for each, and manifest.json. Shards whose names "
-            "begin with 'val' form the validation split. Damaged shards are refused."
+            "Check the tar shards in FOLDER, and write a member index for each shard and manifest.json. Shards whose "
+            "names begin with 'val' form the validation split. Damaged shards are reported as errors."
         ),
     )
     index.add_argument("folder", type=user_path, metavar="FOLDER", help="folder of tar shards")
@@ -274,7 +282,8 @@ def _add_repack(commands: "Commands") -> None:
         add = commands.add_parser(
             name,
             help=summary,
-            description="Write one folder of shards from others. Images whose size does not change keep their bytes.",
+            description="Write one folder of shards from existing folders. The bytes of images that are not resized do "
+            "not change.",
         ).add_argument
         add("--shards", type=user_path, nargs="+", required=True, help="input folders of shards")
         add("--out", type=user_path, required=True, help="output folder")
@@ -304,12 +313,16 @@ def _add_convert(commands: "Commands") -> None:
         ),
     ).add_argument
     add("--from", dest="layout", choices=LAYOUTS, required=True, help="layout of FOLDER")
-    add("--folder", type=user_path, required=True, help="folder of the objects")
+    add("--folder", type=user_path, required=True, help="folder that contains a subfolder for each object")
     add("--out", type=user_path, required=True, help="output folder")
     _add_plan(add, held_out="default: one sixth, at most 8")
     add("--res", type=int, help="view width and height in pixels (default: unchanged; mvimgnet: 512)")
-    add("--views", type=int, help="mvimgnet: views per object, evenly spaced (default: 24)")
-    add("--masks", type=user_path, help="mvimgnet: folder of masks (default: folder masks of each instance)")
+    add("--views", type=int, help="mvimgnet: number of evenly spaced views per object (default: 24)")
+    add(
+        "--masks",
+        type=user_path,
+        help="mvimgnet: folder of masks (default: the folder 'masks' of each instance)",
+    )
 
 
 def _add_demo_assets(commands: "Commands") -> None:

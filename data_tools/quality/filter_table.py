@@ -77,7 +77,7 @@ def count_rejections(out: Path) -> Counter[str]:
             subject=path,
             expected="the outcome of each asset",
             found=error,
-            remedy=f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}` to write it again",
+            remedy=f"delete {path} and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}`",
         ) from error
 
 

@@ -112,7 +112,7 @@ def back_project(depth: FloatArray, c2w: FloatArray, fxfycxcy: FloatArray) -> np
 
 
 def _camera_rays(seen: MaskArray, fxfycxcy: FloatArray) -> npt.NDArray[np.float64]:
-    """Return the rays through the centers of the N pixels in a mask, in camera coordinates with z = 1, shape (N, 3)."""
+    """Return the rays through the N pixels in a mask, as an (N, 3) array of camera coordinates with z = 1."""
     pixels = (np.argwhere(seen)[:, ::-1] + 0.5) / seen.shape[::-1]
     return np.column_stack([(pixels - fxfycxcy[2:]) / fxfycxcy[:2], np.ones(len(pixels))])
 
@@ -200,5 +200,5 @@ def _check_holes(key: str, name: str, seen: MaskArray, alpha: ByteArray) -> None
 def _check_size(key: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise SampleError(
-            subject=f"sample {key!r}", expected=f"{name} with the view's size {expected}", found=found
+            subject=f"sample {key!r}", expected=f"{name} with the size {expected} of the view", found=found
         )

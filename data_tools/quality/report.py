@@ -41,7 +41,7 @@ class Statistics:
 
     Attributes:
         infos: Records of all objects.
-        geometry: Number of objects with the keys "depth", "normal" and "surface".
+        geometry: Mapping from "depth", "normal" and "surface" to the number of objects with this geometry.
         camera_positions: (N, 3) positions of the cameras in world coordinates.
         quantities: Mapping from tuples (name, unit) to the (N,) values of all views.
     """
@@ -203,7 +203,7 @@ Shards: {_describe_shards(manifest)}.</p>
 
 
 def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 120) -> str:
-    """Return a histogram as SVG, labeled with the minimum and the maximum."""
+    """Return a histogram as an SVG image, labeled with the minimum and the maximum."""
     low, high = float(values.min()), float(values.max())
     counts, _ = np.histogram(values, bins=_BARS, range=(low, high if high > low else low + 1))
     step, top = width / _BARS, height / counts.max()
@@ -220,7 +220,7 @@ def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 1
 
 
 def plot_cameras(positions: npt.NDArray[np.float64], side: int = 220) -> str:
-    """Return an SVG with the camera positions and the unit circle, from above (x, y) and from the front (x, z)."""
+    """Return an SVG image of the camera positions and the unit circle, from above (x, y) and from the front (x, z)."""
     shown = positions[:: max(1, -(-len(positions) // _DOTS))]
     scale = side / 2 / (1.05 * max(1.0, float(np.abs(positions).max())))
     parts = []

@@ -84,8 +84,8 @@ class Coherence:
     """Result of the coherence test.
 
     Attributes:
-        distances: (V,) mean distance of the rays of each view, in cells.
-        undetectable: Camera errors that the silhouettes of the object do not reveal. It is empty if the test failed.
+        distances: (V,) mean distances of the rays of each view, in cells.
+        undetectable: Camera errors that the silhouettes of the object do not reveal. If the test failed, this is empty.
     """
 
     distances: npt.NDArray[np.float64]
@@ -235,7 +235,7 @@ def uncovered_distances(
 
 
 def _projection(pose: FloatArray, camera: FloatArray, silhouettes: Silhouettes) -> npt.NDArray[np.float64]:
-    """Return the matrix that maps world directions to homogeneous coordinates in the padded maps, shape (3, 3)."""
+    """Return the matrix that maps world directions to homogeneous coordinates in the padded maps."""
     fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.cells
     return pose[:3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
 

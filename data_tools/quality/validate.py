@@ -117,12 +117,14 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     listed = {shard.name for shard in manifest.shards}
     if unlisted := sorted(path.name for path in folder.glob("*.tar") if path.name not in listed):
         print(
-            f"ignored        {counted(len(unlisted), 'tar')} not in the manifest, for example {unlisted[0]}"
+            f"ignored        {counted(len(unlisted), 'tar file')} not listed in the manifest, for example {unlisted[0]}"
         )
     for error, keys in undetectable.items():
         print(f"undetectable   {undetectable_message(error, keys)}")
     if problems:
-        print(f"next           delete the shards above and {folder / MANIFEST_NAME}, then render again")
+        print(
+            f"next           delete the damaged shards and {folder / MANIFEST_NAME}, then run `render` again"
+        )
     else:
         print(f"next           make train DATA={shlex.quote(str(folder))}")
     return problems
@@ -182,7 +184,7 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
             subject=f"sample {key!r}",
             expected=f"points of {SURFACE_MEMBER} that cover the object",
             found=f"a mean distance of {distances.max():.1f} cells to the pixels of view {distances.argmax()}",
-            remedy="use the surface of the rendered object, in the same scale",
+            remedy="use the surface of the rendered object, at the same scale",
         )
 
 
@@ -283,7 +285,7 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
         raise invalid(
             expected="a transparent background",
             found=f"{counted(len(alphas), 'view')} without a transparent pixel",
-            remedy="remove the background of the object",
+            remedy="make the background of the views transparent",
         )
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy)
     worst = int(coherence.distances.argmax())

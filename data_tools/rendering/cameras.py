@@ -30,7 +30,7 @@ class CameraPreset:
         height_range: Range of the z coordinate in scene units. It is clipped to 0.95 times the radius.
         fov_range_deg: Range of the horizontal and vertical field of view in degrees. Images are square.
         normalize: Normalization of the objects, "sphere" or "cube".
-        orbit: Whether to use the directions in ``ORBIT_DEG``, in order, instead of random directions.
+        orbit: Whether to use the directions in ``ORBIT_DEG`` instead of random directions.
     """
 
     radius_range: tuple[float, float]

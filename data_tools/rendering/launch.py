@@ -34,7 +34,7 @@ def launch(options: argparse.Namespace, out: Path) -> None:
         raise InputError(
             expected="Slurm",
             found="no `sbatch` on PATH",
-            remedy="use a login node, or start Ray on the nodes and set RAY_ADDRESS=ip:6379 instead of NODES=",
+            remedy="use a login node, or start Ray on the nodes and set RAY_ADDRESS=ip:6379",
         )
     if options.gpus is None:
         options.gpus = slurm.gpus_per_node(options.partition)
@@ -47,9 +47,9 @@ def launch(options: argparse.Namespace, out: Path) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     job = slurm.submit(command)
-    print(f"Submitted job {job}. {Path.cwd()}, {sys.prefix}, the assets and the shards")
-    print("must have the same paths on all nodes. To monitor the job:")
+    print(f"Submitted job {job}. To monitor the job:")
     print(slurm.monitoring_commands(job, out, "run the same command again to resume"))
+    print(f"{Path.cwd()}, {sys.prefix}, the assets and the shards must have the same paths on all nodes.")
 
 
 def sbatch_command(options: argparse.Namespace, out: Path) -> list[str]:
@@ -91,6 +91,10 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     slurm.add_options(parser)
     add = parser.add_argument
-    add("--time", default="", help="time limit of one start of the job (default: limit of Slurm)")
+    add(
+        "--time",
+        default="",
+        help="time limit of the job, after which it is requeued (default: the limit in Slurm)",
+    )
     add("--dry-run", action="store_true", help="print the command without running it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)

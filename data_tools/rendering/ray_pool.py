@@ -331,7 +331,9 @@ def _connect(address: str) -> None:
         raise BlenderError(
             expected=f"a Ray cluster at RAY_ADDRESS={address}",
             found=error,
-            remedy="run `ray start --head`, set RAY_AUTH_MODE=token if it requires a token, or unset RAY_ADDRESS",
+            remedy=(
+                "run `ray start --head`, set RAY_AUTH_MODE=token if the cluster requires a token, or unset RAY_ADDRESS"
+            ),
         ) from error
 
 

@@ -175,7 +175,7 @@ def _read_plan(out: Path, assets: Mapping[str, Asset]) -> list[PlanRow]:
             subject=path,
             expected="the plan of the shards",
             found=error,
-            remedy="restore the folder, or choose another OUT=",
+            remedy="restore the folder, or choose another output folder",
         ) from error
     ids, shards, *others = (column.to_pylist() for column in table.columns)
     ids = [assets[key].id if key in assets else key for key in ids]
@@ -215,9 +215,9 @@ def _check_removed(out: Path, removed: Sequence[PlanRow], folder: Path) -> None:
         others = f" and {len(rendered) - 1} more" if len(rendered) > 1 else ""
         raise InputError(
             subject=out,
-            expected="all rendered assets in the list",
+            expected="all rendered assets in the asset list",
             found=f"no {rendered[0]!r}{others}",
-            remedy=f"restore the meshes in {folder}, or choose another OUT= and join the folders with `merge`",
+            remedy=f"restore the meshes in {folder}, or choose another output folder and join the folders with `merge`",
         )
 
 
@@ -231,7 +231,7 @@ def _check_splits(out: Path, rows: Sequence[PlanRow], assets: Mapping[str, Asset
                 subject=f"{out}: asset {row.id!r}",
                 expected=f"the planned split {split!r}",
                 found=f"{found!r}",
-                remedy=f"change the list, or finish the folder and run `python -m data_tools {repack}`",
+                remedy=f"correct the asset list, or finish the folder and run `python -m data_tools {repack}`",
             )
 
 

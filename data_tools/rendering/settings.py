@@ -114,7 +114,7 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
                 subject=folder,
                 expected=f"an empty folder or a folder with {SETTINGS_NAME}",
                 found=f"{strays[0]} with unknown settings",
-                remedy="choose another OUT=. `python -m data_tools merge` joins finished folders",
+                remedy="choose another output folder. `python -m data_tools merge` joins finished folders",
             )
         return False
     try:
@@ -125,7 +125,7 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
             subject=path,
             expected="render settings",
             found=f"{error!r}",
-            remedy="restore the folder, or choose another OUT=",
+            remedy="restore the folder, or choose another output folder",
         ) from error
     expected = settings.record()
     if renderer is not None:
@@ -142,7 +142,7 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
 
 
 def recorded_count(folder: Path, name: Literal["held_out", "shard_size"]) -> int | None:
-    """Return a number of objects recorded in ``render.json``, or None if the file cannot be read."""
+    """Read the setting ``held_out`` or ``shard_size`` from ``render.json``, or return None if it cannot be read."""
     try:
         found = read_settings(folder)[name]
     except (ValueError, KeyError, TypeError, OSError):  # reported by ``check_settings``
@@ -162,5 +162,5 @@ _REPACKED = {
 def _remedy(name: str, folder: Path) -> str:
     if name in _REPACKED:
         repack = f"python -m data_tools repack --shards {folder} --out ... {_REPACKED[name]}"
-        return f"finish the folder, then run `{repack}`, or choose another OUT="
-    return "use the settings of the folder, or choose another OUT= and join the finished folders with `merge`"
+        return f"finish the folder, then run `{repack}`, or choose another output folder"
+    return "use the settings of the folder, or choose another output folder and join the finished folders with `merge`"

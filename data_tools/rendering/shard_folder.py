@@ -66,8 +66,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
                     raise InputError(
                         subject=folder,
                         expected="no other process that renders into this folder",
-                        found="one",
-                        remedy="wait until it has finished, or stop it",
+                        found="a running process",
+                        remedy="wait until the other process has finished, or stop the process",
                     ) from None
                 time.sleep(0.1)
         yield
@@ -118,7 +118,7 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
                 subject=f"{path}, line {number}",
                 expected="a record with id, file and reason",
                 found=f"{line[:60]!r}",
-                remedy="delete the line. The object is then rendered again",
+                remedy="delete this line of the file. The object is then rendered again",
             ) from error
     return records
 

@@ -1,4 +1,4 @@
-"""The command ``python -m data_tools index``, which prepares shards from plain ``webdataset`` for training."""
+"""The command ``python -m data_tools index``, which prepares shards from the ``webdataset`` package for training."""
 
 import shlex
 from collections import Counter
@@ -41,7 +41,7 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
             subject=folder,
             expected=f"shards without {MANIFEST_NAME}",
             found=MANIFEST_NAME,
-            remedy="delete this file to index the folder again",
+            remedy=f"delete {MANIFEST_NAME} to index the folder again",
         )
     tars = sorted(folder.glob("*.tar"))
     if not tars:

@@ -113,7 +113,8 @@ def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
         results.append({
             "bench": f"OpenLRM-small, training step at {size} px: speed relative to the reference implementation",
             "value": ratio, "target": f">= {FASTER[size]:g}", "met": ratio >= FASTER[size], "seconds": seconds,
-            "peak_gb": memory, "openlrm_seen_seconds": SEEN[size][0], "openlrm_seen_gb": SEEN[size][1], "rounds": rounds,
+            "peak_gb": memory, "openlrm_seen_seconds": SEEN[size][0], "openlrm_seen_gb": SEEN[size][1],
+            "rounds": rounds,
         })  # fmt: skip
     for name, size, title in (
         ("small", 24, "model of the demo"),
@@ -122,12 +123,14 @@ def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
         turn = run_process("steps", name, size, 2)
         results.append({
             "bench": f"{title}, training step with 4 views of {size} px: duration in seconds",
-            "value": statistics.median(turn["seconds"]), "target": "-", "met": True, "peak_gb": turn["peak_gb"], "rounds": 1,
+            "value": statistics.median(turn["seconds"]), "target": "-", "met": True,
+            "peak_gb": turn["peak_gb"], "rounds": 1,
         })  # fmt: skip
     peak, seen = memory["ours"], SEEN[128][1]
     results.append({
         "bench": "OpenLRM-small, training step at 128 px: peak memory in GB", "value": peak,
-        "target": f"<= {seen / 3:.2f}", "met": peak <= seen / 3, "twin": memory["twin"], "openlrm_seen": seen, "rounds": rounds,
+        "target": f"<= {seen / 3:.2f}", "met": peak <= seen / 3, "twin": memory["twin"],
+        "openlrm_seen": seen, "rounds": rounds,
     })  # fmt: skip
     return results
 

@@ -34,13 +34,13 @@ pytestmark = pytest.mark.usefixtures("in_process")
         (
             {"views": 3},
             "views: expected 3, but found 2 in the folder",
-            "Use the settings of the folder, or choose another OUT= .*merge",
+            "Use the settings of the folder, or choose another output folder .*merge",
         ),
         ({"rules": ("white <= 1",)}, "rules: expected", r"repack --shards .* --out \.\.\. --where"),
         ({"held_out": 2}, "held_out: expected 2", "repack .* --held-out N"),
         ({"shard_size": 3}, "shard_size: expected 3", "repack .* --shard-size N"),
         ({"resolution": 4}, "resolution: expected 4", "repack .* --res N"),
-        ({"depth": True}, "depth: expected True, but found False", "choose another OUT="),
+        ({"depth": True}, "depth: expected True, but found False", "choose another output folder"),
     ],
 )
 def test_changed_settings_raise_an_error_that_suggests_repack(assets, tmp_path, change, found, remedy):

@@ -56,8 +56,9 @@ def test_valid_shards_have_no_problems(folder, capsys):
 
 def test_shards_that_are_not_in_the_manifest_are_reported(folder, capsys):
     shutil.copy(folder / "train-000000.tar", folder / "train-000007.tar")
-    assert "ignored        1 tar not in the manifest, for example train-000007.tar" in validate_output(
-        folder, capsys, 0
+    assert (
+        "ignored        1 tar file not listed in the manifest, for example train-000007.tar"
+        in validate_output(folder, capsys, 0)
     )
 
 
