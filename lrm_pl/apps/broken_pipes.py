@@ -28,7 +28,7 @@ def ignore_broken_pipes() -> None:
 
 
 def _guarded(method: Callable[..., Any], descriptor: int) -> Callable[..., Any]:
-    """Wrap a method so that the descriptor is redirected to /dev/null if a write fails because the reader is gone."""
+    """Wrap a stream method so that ``descriptor`` is redirected to /dev/null if the reader has closed the pipe."""
 
     def call(*arguments: Any) -> Any:  # noqa: ANN401 - arguments of the method
         try:

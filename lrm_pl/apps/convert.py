@@ -19,7 +19,7 @@ COORDINATES = {
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm convert``."""
     args = _parser().parse_args(arguments)
 
     from lrm_pl.inference.convert import convert, print_report  # imports torch
@@ -31,22 +31,28 @@ def main(arguments: Sequence[str]) -> None:
     count = sum(tensor.numel() for tensor in conversion.weights.values())
     print(f"{args.out}: config.yaml and model.safetensors, {count / 1e6:.1f} M parameters.")
     print(COORDINATES[args.source])
-    print(f"To use it: lrm infer IMAGE --ckpt {args.out}")
+    print(f"To use the model: lrm infer IMAGE --ckpt {args.out}")
     layers = f"-c {args.out}/config.yaml -c configs/experiment/finetune.yaml"
-    print(f"To fine-tune it: lrm fit {layers} --weights.network {args.out} --data.folder DATA")
+    print(f"To fine-tune the model: lrm fit {layers} --weights.network {args.out} --data.folder DATA")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm convert", description=__doc__)
     add = parser.add_argument
-    add("--from", dest="source", choices=COORDINATES, required=True, help="architecture of the weights")
+    add(
+        "--from",
+        dest="source",
+        choices=COORDINATES,
+        required=True,
+        help="architecture that the weights belong to",
+    )
     add("weights", metavar="WEIGHTS", type=user_path, help="weight file")
     add("out", metavar="OUT", type=user_path, help="model folder to create")
     add = parser.add_argument_group(
         "hyperparameters that tensor shapes do not determine (default: those of the published models)"
     ).add_argument
-    add("--heads", type=int, help="attention heads of the transformer (default: width / 64)")
-    add("--encoder-heads", type=int, help="attention heads of the encoder (default: width / 64)")
+    add("--heads", type=int, help="number of attention heads of the transformer (default: width / 64)")
+    add("--encoder-heads", type=int, help="number of attention heads of the encoder (default: width / 64)")
     add("--image-size", type=int, help="input size of the encoder in pixels")
-    add("--samples-per-ray", type=int, help="samples per ray")
+    add("--samples-per-ray", type=int, help="number of samples per ray")
     return parser

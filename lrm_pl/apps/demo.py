@@ -1,4 +1,4 @@
-"""Serve a web page that reconstructs a photo as a mesh and shows a video of an orbit around it."""
+"""Serve a web page that reconstructs a mesh from a photo and shows an orbit video of the mesh."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lrm_pl.inference.find_model import find_model
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm demo``."""
     args = _parser().parse_args(arguments)
     require_packages("demo", "gradio")
     find_model(args.ckpt)
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = load_pipeline(args)
     pipeline.remover.load()
     page = launch(pipeline, args.host, args.port)
-    print(f"{format_url(args.host, args.port)} shows {pipeline.source}; press Ctrl-C to stop", flush=True)
+    url = format_url(args.host, args.port)
+    print(f"Serving {pipeline.source} at {url}. Press Ctrl-C to stop.", flush=True)
     page.block_thread()
 
 

@@ -21,12 +21,12 @@ from lrm_pl.planning.strategies import Hardware
 
 @exit_on_error
 def main(argv: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm estimate``."""
     _estimate(Console(width=None if sys.stdout.isatty() else 140), *parse(argv))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into the options of this command and the arguments of ``lrm fit``."""
+    """Split the command line into the options of ``lrm estimate`` and the arguments of ``lrm fit``."""
     parser = argparse.ArgumentParser(
         prog="lrm estimate",
         description=__doc__,
@@ -34,12 +34,21 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpus", type=int, help="number of GPUs; 0 is this machine's CPU (default: 1 with --gpu, else 0)")
+    add(
+        "--gpus",
+        type=int,
+        help="number of GPUs, or 0 for the CPU of this machine (default: 1 with --gpu, otherwise 0)",
+    )
     add("--gpu", help="type of GPU, such as 4090, H100, a100-40g or MI300X (default: A100 80GB)")
-    add("--gpus-per-node", type=int, default=8, help="default: %(default)s")
-    add("--network", type=float, default=800, help="Gbit/s between nodes, per node (default: %(default)s)")
-    add("--every-rank", action="store_true", help="check the shards of every process")
-    add("--less-memory", action="store_true", help="also list settings that need less memory")
+    add("--gpus-per-node", type=int, default=8, help="number of GPUs per node (default: %(default)s)")
+    add(
+        "--network",
+        type=float,
+        default=800,
+        help="network bandwidth per node in Gbit/s (default: %(default)s)",
+    )
+    add("--every-rank", action="store_true", help="check the FSDP2 shards of every process")
+    add("--less-memory", action="store_true", help="also list settings that reduce memory")
     configs, rest = [], list(argv)
     while rest and not rest[0].startswith("-"):
         configs.append(rest.pop(0))
@@ -47,18 +56,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.gpus is None:
         options.gpus = 0 if options.gpu is None else 1
     if not configs and not arguments:
-        parser.error("no config is given, such as: lrm estimate configs/experiment/demo.yaml --gpus 8")
+        parser.error(
+            "a config file is required, for example: lrm estimate configs/experiment/demo.yaml --gpus 8"
+        )
     return options, [*(word for config in configs for word in ("-c", config)), *arguments]
 
 
 def _estimate(console: Console, options: argparse.Namespace, arguments: list[str]) -> None:
     if options.gpus < 0 or options.gpus_per_node < 1 or not options.network > 0:
-        raise InputError("--gpus must be at least 0, --gpus-per-node at least 1, and --network above 0")
+        raise InputError(
+            "--gpus must be at least 0, --gpus-per-node at least 1, and --network greater than 0"
+        )
     if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
         raise InputError(
-            expected=f"whole nodes of {options.gpus_per_node} GPUs",
+            expected=f"a multiple of {options.gpus_per_node} GPUs, the number per node",
             found=f"{options.gpus} GPUs",
-            remedy="set --gpus-per-node",
+            remedy="correct --gpus or --gpus-per-node",
         )
     gpu = require_gpu(options.gpu or "A100 80GB") if options.gpus else None
 
@@ -95,4 +108,4 @@ def _print_next(console: Console, arguments: Sequence[str], variables: Sequence[
     options, others = parser.parse_known_args(arguments)
     words = [*variables, f'CONFIG="{" ".join(options.config)}" DATA=...']
     words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
-    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
+    console.print(f"To start the run: make train {' '.join(words)}", soft_wrap=True)

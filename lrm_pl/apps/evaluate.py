@@ -23,7 +23,7 @@ from lrm_pl.training.processes import is_distributed_process, launch_processes, 
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm evaluate``."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     rank, world = rank_and_world_size()
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     if args.processes < 1:
         raise InputError(expected="--processes of at least 1", found=args.processes)
     if args.clip and not args.clip_sha256:
-        raise InputError("--clip requires --clip-sha256", remedy="add --clip-sha256 $(sha256sum FILE)")
+        raise InputError(
+            "--clip requires --clip-sha256",
+            remedy="add --clip-sha256 HEX with the hash that `sha256sum FILE` prints",
+        )
     find_model(args.ckpt)
     require_out(args.out or DEFAULT_FOLDER)
     from lrm_pl.evaluation.dataset import EvaluationDataset  # imports torch
@@ -57,24 +60,47 @@ def _parser() -> argparse.ArgumentParser:
     add_model(parser)
     add = parser.add_argument
     add("--data", default="data/demo", help="folder or URL of the shards (default: %(default)s)")
-    add("--protocol", choices=PROTOCOLS, default="lrm", help=f"{protocols} (default: %(default)s)")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="lrm",
+        help=f"evaluation protocol; {protocols} (default: %(default)s)",
+    )
     add("--split", choices=SPLITS, default="val", help="split to evaluate (default: %(default)s)")
     add("--ids", default="*", help="pattern of object IDs, such as 'KatorLegaz*' (default: all)")
-    add("--limit", type=int, help="maximum number of objects, evenly spaced (default: all)")
-    add("--out", type=user_path, help="folder of the results (default: evaluation/...)")
-    add("--processes", type=int, default=1, help="local processes, one per GPU (default: %(default)s)")
+    add("--limit", type=int, help="maximum number of objects, selected at regular intervals (default: all)")
+    add("--out", type=user_path, help="folder of the results (default: a folder in evaluation/)")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of local processes, one per GPU (default: %(default)s)",
+    )
     add("--baseline", action="store_true", help="also evaluate trivial baselines")
     add(
         "--compare",
         nargs=2,
         type=user_path,
         metavar=("A", "B"),
-        help="compare two finished evaluations instead: paired differences with 95 %% confidence intervals",
+        help="compare two finished evaluations by paired differences with 95 %% confidence intervals",
     )
     add = parser.add_argument_group("metrics with additional networks").add_argument
-    add("--clip", type=user_path, metavar="FILE", help="CLIP similarity: weights of timm's CLIP ViT-B/32")
+    add(
+        "--clip",
+        type=user_path,
+        metavar="FILE",
+        help="compute the CLIP similarity with the weights of timm's CLIP ViT-B/32 in FILE",
+    )
     add("--clip-sha256", metavar="HEX", help="SHA-256 of the CLIP weights")
-    add("--fid", action="store_true", help="FID and KID; the Inception weights are downloaded")
-    add("--inception", metavar="FILE", help="weights of the Inception network")
+    add(
+        "--fid",
+        action="store_true",
+        help="compute FID and KID, and download the Inception weights if they are not in the cache",
+    )
+    add(
+        "--inception",
+        metavar="FILE",
+        help="compute FID and KID with the Inception weights in FILE",
+    )
     add("--inception-sha256", metavar="HEX", help="SHA-256 of custom Inception weights")
     return parser

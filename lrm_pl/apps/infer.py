@@ -1,4 +1,4 @@
-"""Reconstruct photos as meshes.
+"""Reconstruct meshes from photos.
 
 The result of each image is a folder OUT/NAME with mesh.glb, orbit.mp4, grid.png, input.png (the input of the network)
 and result.json.
@@ -36,7 +36,7 @@ _FIELDS = {
             "--texture-limit",
             "texture_limit_s",
             float,
-            "time limit of the UV unwrapping in seconds; vertex colors are kept if it is exceeded",
+            "time limit of the UV unwrapping in seconds; if the limit is exceeded, the mesh keeps vertex colors",
         ),
     ),
     "assumed camera of the image (default: the camera of training)": (
@@ -53,7 +53,7 @@ _FIELDS = {
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm infer``."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
@@ -89,7 +89,9 @@ def main(arguments: Sequence[str]) -> None:
                 console.print(message if message.startswith(str(image)) else f"{image}: {message}")
             bar.advance(task)
     if failed:
-        raise InputError(f"{failed} of {counted(len(images), 'image')} failed; see the messages above")
+        raise InputError(
+            f"{failed} of {counted(len(images), 'image')} could not be reconstructed; see the messages above"
+        )
 
 
 def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
@@ -113,7 +115,8 @@ def _texture_side(text: str) -> int:
     """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
-            f"expected a number of pixels or no value, but found {text!r}. Give images first: lrm infer IMAGE --texture"
+            f"expected a number of pixels or no value, but found {text!r}. Put images before the "
+            "option: lrm infer IMAGE --texture"
         )
     return int(text)
 
@@ -125,8 +128,8 @@ def _mesh_format(text: str) -> str:
     """
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected formats among {', '.join(MESH_FORMATS)}, but found {text!r}. Give images first: lrm infer IMAGE "
-            "--formats glb obj"
+            f"expected formats among {', '.join(MESH_FORMATS)}, but found {text!r}. Put images before the option: "
+            "lrm infer IMAGE --formats glb obj"
         )
     return text
 
@@ -134,7 +137,13 @@ def _mesh_format(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     add = parser.add_argument
-    add("image", metavar="IMAGE", type=user_path, nargs="+", help="image, folder of images, or 'in/*.png'")
+    add(
+        "image",
+        metavar="IMAGE",
+        type=user_path,
+        nargs="+",
+        help="image, folder of images, or a pattern such as 'in/*.png'",
+    )
     add("--out", type=user_path, default=Path("out"), help="folder of the results (default: %(default)s)")
     add_model(parser)
     defaults = MeshOptions()
@@ -149,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         const=1024,
         default=0,
         metavar="SIDE",
-        help=f"bake a texture of about SIDE pixels (1024); limits the mesh to {TEXTURE_FACES} faces unless --faces "
-        "is given",
+        help=f"bake a texture with a side length of about SIDE pixels (1024 if omitted), and limit the mesh to "
+        f"{TEXTURE_FACES} faces unless --faces is given",
     )
     add(
         "--formats",
@@ -158,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_mesh_format,
         default=defaults.formats,
         metavar="FORMAT",
-        help=f"file formats: {', '.join(MESH_FORMATS)} (default: glb)",
+        help=f"file formats of the mesh: {', '.join(MESH_FORMATS)} (default: glb)",
     )
     add_background(parser)
     return parser

@@ -24,23 +24,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="run folder, checkpoint (path or URL), folder of `lrm export`, or hf://owner/name on the Hugging Face "
         "Hub (default: the newest run in runs/lrm)",
     )
-    parser.add_argument("--config", type=user_path, help="config.yaml of the run, if not in the run folder")
+    parser.add_argument(
+        "--config", type=user_path, help="config.yaml of the run, if the file is not in the run folder"
+    )
     parser.add_argument("--average", action="store_true", help="use the moving average of the weights")
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option for the device of the model."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="device of the model, such as auto, cpu or cuda (default: %(default)s)",
+    )
 
 
 def add_background(parser: argparse.ArgumentParser) -> None:
     """Add the options for background removal."""
     group = parser.add_argument_group("background removal")
     group.add_argument(
-        "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: the cache or a download)"
+        "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: the cached file, or a download)"
     )
-    group.add_argument("--rembg-sha256", metavar="HEX", help="SHA-256 of a custom file")
+    group.add_argument("--rembg-sha256", metavar="HEX", help="SHA-256 of a custom ONNX file")
 
 
 def add_fields(
@@ -109,7 +115,7 @@ def require_free(host: str, port: int) -> None:
     """
     if port == 0:  # the operating system would choose a port, which the printed URL would not contain
         raise InputError(
-            expected="a port to listen on", found=port, remedy="choose a port, such as --port 8000"
+            expected="a port number of at least 1", found=port, remedy="choose a port, such as --port 8000"
         )
     try:
         # A name may resolve to several addresses, and servers listen on all of them.

@@ -38,7 +38,7 @@ _LIMITS = (
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm serve``."""
     args = _parser().parse_args(arguments)
     require_packages("serve", "uvicorn", "fastapi")
     fields = dataclasses.fields(ServerLimits)
@@ -50,7 +50,10 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = load_pipeline(args)
     pipeline.remover.load()
     url = format_url(args.host, args.port)
-    print(f"Model: {pipeline.description}\nTry: curl --data-binary @photo.png {url}/reconstruct -o mesh.glb")
+    print(
+        f"Model: {pipeline.description}\n"
+        f"To reconstruct a photo: curl --data-binary @photo.png {url}/reconstruct -o mesh.glb"
+    )
     serve(pipeline, limits, args.host, args.port)
 
 

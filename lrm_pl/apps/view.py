@@ -13,7 +13,7 @@ from lrm_pl.inference.find_model import newest_run
 
 @exit_on_error
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm view``."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # logs a traceback for every closed connection
@@ -25,11 +25,12 @@ def main(arguments: Sequence[str]) -> None:
     from lrm_pl.evaluation.viewer import Viewer, find_data, has_no_checkpoint
 
     if has_no_checkpoint(run):
-        print(f"Waiting for the first checkpoint of {run}; press Ctrl-C to stop", flush=True)
+        print(f"Waiting for the first checkpoint of {run}. Press Ctrl-C to stop.", flush=True)
     while has_no_checkpoint(run):
         time.sleep(3)
     viewer = Viewer(run, args.data or find_data(run), args.device, args.host, args.port)
-    print(f"{format_url(args.host, viewer.server.get_port())} shows {run}; press Ctrl-C to stop", flush=True)
+    url = format_url(args.host, viewer.server.get_port())
+    print(f"Serving {run} at {url}. Press Ctrl-C to stop.", flush=True)
     try:
         viewer.serve()
     except KeyboardInterrupt:
@@ -40,7 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm view", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", nargs="?", help="run folder (default: the newest run in runs/lrm)")
-    add("--data", help="folder of the shards with the objects to show (default: the shards of the run)")
+    add(
+        "--data",
+        help="folder of the shards that contain the objects to show (default: the shards of the run)",
+    )
     add_device(parser)
     add_address(parser, 8080)
     return parser

@@ -73,7 +73,7 @@ def validated(root):
 )
 def test_a_folder_of_images_is_reconstructed(pretrained, images, tmp_path, validated, capsys, texture):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="1 of 3 images failed; see the messages above"):
+    with pytest.raises(SystemExit, match="1 of 3 images could not be reconstructed; see the messages above"):
         main([str(images), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
     said = capsys.readouterr().out
     assert "broken.webp: expected a" in said

@@ -121,10 +121,13 @@ def test_a_glob_pattern_is_expanded_to_images(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Give images first: lrm infer IMAGE"),
+        (
+            ["--formats", "glb", "obj", "a.png"],
+            "found 'a.png'. Put images before the option: lrm infer IMAGE",
+        ),
         (
             ["--texture", "a.png"],
-            "expected a number of pixels or no value, but found 'a.png'. Give images first",
+            "expected a number of pixels or no value, but found 'a.png'. Put images before",
         ),
         (["https://example.com/a.png"], "on this machine, but found the URL https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the URL s3://bucket/out"),
