@@ -61,5 +61,7 @@ def _parse(arguments: list[str]) -> _ParseOnlyCLI:
         return _ParseOnlyCLI("fit", arguments, records=False, exits=False)
     except argparse.ArgumentError as error:
         raise InputError(
-            expected="arguments of `lrm fit`", found=error, remedy="correct them; see `lrm fit --help`"
+            expected="arguments of `lrm fit`",
+            found=error,
+            remedy="correct the arguments; see `lrm fit --help`",
         ) from error

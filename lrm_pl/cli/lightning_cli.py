@@ -115,7 +115,7 @@ class LRMCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise InputError(
                 f"cannot resolve ${{...}} in the config: {one_line(error)}",
-                remedy="correct it, or set the key that it refers to",
+                remedy="correct the interpolation, or set the key that it refers to",
             ) from error
         reject_empty_sections(self.config, parser.get_defaults())
         seed = self.config.get("seed_everything")
@@ -148,7 +148,9 @@ class LRMCLI(LightningCLI):
             shown = trainer.enable_progress_bar is not False
             trainer.callbacks = merge_callbacks(trainer.callbacks, defaults.callbacks, progress_bar=shown)
         elif self.command == "fit":
-            logger.warning("trainer.callbacks is empty, so the run writes no checkpoints, images or LPIPS")
+            logger.warning(
+                "trainer.callbacks is empty, so the run does not write checkpoints or images, or log LPIPS"
+            )
         set_logger_folders(trainer.logger, folder)
         if folder is not None:
             trainer.default_root_dir = folder
@@ -198,16 +200,16 @@ class LRMCLI(LightningCLI):
         interval = trainer.val_check_interval
         if not isinstance(interval, int | None):  # Lightning also accepts fractions and times
             raise InputError(
-                expected="trainer.val_check_interval as a number of steps",
+                expected="an integer number of steps as trainer.val_check_interval",
                 found=interval,
-                remedy="give a whole number, such as 500",
+                remedy="set an integer, such as 500",
             )
         if isinstance(interval, int):  # Lightning counts batches
             options["val_check_interval"] = interval * trainer.accumulate_grad_batches
         if checkpoints := sorted(Path(trainer.default_root_dir or ".").glob("hpc_ckpt_*")):
             raise InputError(
                 f"Lightning would automatically load the checkpoint {checkpoints[0]}",
-                remedy="move it to another folder",
+                remedy="move the checkpoint to another folder",
             )
         if (environment := cluster_environment()) is not None:
             plugins = self.config_init["trainer"].get("plugins") or []
@@ -220,7 +222,7 @@ class LRMCLI(LightningCLI):
             raise InputError(f"Lightning rejects the trainer's settings: {one_line(error)}") from error
 
     def run(self) -> None:
-        """Run the command."""
+        """Run the trainer method of the command, with the steps before and after the method."""
         with self._scratch or nullcontext():
             require_started_together(self.trainer)
             getattr(self, f"before_{self.command}")()
@@ -262,7 +264,7 @@ class LRMCLI(LightningCLI):
         """
         path = self.config.ckpt_path
         if path is None:
-            raise InputError("--ckpt_path is not set", remedy="give the checkpoint to measure")
+            raise InputError("--ckpt_path is not set", remedy="set --ckpt_path to the checkpoint to evaluate")
         self._prepare(training=False)
         average = self._validates_average()
 

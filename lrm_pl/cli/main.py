@@ -82,7 +82,7 @@ def command_line(arguments: list[str]) -> LRMCLI:
     command, *rest = arguments
     if command == "fit" and peek(rest, "ckpt_path")["ckpt_path"] is not None:
         raise InputError(
-            "lrm fit does not take --ckpt_path",
+            "lrm fit does not accept --ckpt_path",
             remedy="use --run.folder to resume a run, or --run.resume PATH to start a new run from a checkpoint",
         )
     if command != "fit":
@@ -143,9 +143,7 @@ def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str
     """
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     command = ["lrm", "estimate", "--less-memory", *_gpu_options(), *arguments]
-    return (
-        f"out of memory: {first_line}\nTo list settings that need less memory, run:\n  {shlex.join(command)}"
-    )
+    return f"out of memory: {first_line}\nTo list settings that reduce memory, run:\n  {shlex.join(command)}"
 
 
 def _gpu_options() -> list[str]:

@@ -74,9 +74,9 @@ def print_report(
         module: The trained model.
         data: The data module that the model was trained with.
         perceptual: Network of the LPIPS metric.
-        checkpoint: Path of the checkpoint to print.
+        checkpoint: Path of the checkpoint, which is printed.
         check_stop: Function that is called before each batch, and raises an error if a signal stopped the run.
-        weights: Label of the model's row, which names the weights that are measured.
+        weights: Label of the model's row, which describes the measured weights.
     """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves the module to the CPU when fit ends

@@ -48,7 +48,7 @@ def prepare(
         The network of the LPIPS metric.
 
     Raises:
-        InputError: The data are invalid, or do not suit the model or the number of processes.
+        InputError: The data are invalid, or are incompatible with the model or the number of processes.
     """
     data.inputs = module.lrm.input_views
     data.setup("fit")
@@ -88,7 +88,7 @@ def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLo
     if checkpointing is None:
         if run.resume not in ("auto", "never"):
             raise InputError(
-                expected="a CheckpointAndResume in trainer.callbacks for --run.resume", found="none"
+                expected="a CheckpointAndResume callback in trainer.callbacks for --run.resume", found="none"
             )
         return locks
     if run.folder is not None and checkpointing.folder is None:
@@ -119,12 +119,12 @@ def _require_steps_left(max_steps: int, done: int, folder: Path) -> None:
     """
     if done > max_steps:
         raise InputError(
-            expected=f"trainer.max_steps of at least {done}, the steps of the run in {folder}",
+            expected=f"trainer.max_steps of at least {done}, the number of completed steps in {folder}",
             found=max_steps,
             remedy="increase trainer.max_steps, or start another run with --run.folder",
         )
     if done == max_steps:
         print(
-            f"The run in {folder} is complete ({max_steps} steps). To continue it, increase --trainer.max_steps."
+            f"The run in {folder} is complete ({max_steps} steps). To continue the run, increase --trainer.max_steps."
         )
         warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")

@@ -41,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings("default")
             ["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=fork"],
             "found fork",
         ),
-        (["--trainer.val_check_interval=0.5"], "trainer.val_check_interval as a number of steps, but found 0.5"),
-        (["--trainer.val_check_interval=00:00:00:05"], "as a number of steps, but found 00:00:00:05"),
+        (["--trainer.val_check_interval=0.5"], "steps as trainer.val_check_interval, but found 0.5"),
+        (["--trainer.val_check_interval=00:00:00:05"], "steps as trainer.val_check_interval, but found 00:00:00:05"),
         (["--ckpt_path=runs/lrm/version_0"], "to start a new run from a checkpoint"),
         (["--trainer.devices=0"], "not a valid input"),
         (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "should be an int > 0"),
@@ -151,11 +151,15 @@ def test_a_complete_run_prints_a_message_and_is_not_truncated(here, run, capsys)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         command_line(["fit", *here, "--run.folder=run"])
-    assert "is complete (2 steps). To continue it, increase --trainer.max_steps" in capsys.readouterr().out
+    assert (
+        "is complete (2 steps). To continue the run, increase --trainer.max_steps" in capsys.readouterr().out
+    )
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("report/heldout/psnr")] == [2], "logged once"
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
-    with pytest.raises(InputError, match=r"of at least 2, the steps of the run in .*, but found 1. Increase"):
+    with pytest.raises(
+        InputError, match=r"of at least 2, the number of completed steps in .*, but found 1. Increase"
+    ):
         command_line(
             ["fit", *here, "--run.folder=run", "--trainer.max_steps=1", "--trainer.val_check_interval=1"]
         )

@@ -141,7 +141,7 @@ def test_encoder_weights_are_checked_if_the_encoder_is_pretrained(config):
 def test_invalid_arguments_of_fit_are_reported_in_the_table(config, capsys):
     status, output = run(capsys, "-c", config, "--trainer.devicess=2")
     assert status == 1
-    assert "missing: config: correct them; see `lrm fit --help`" in output
+    assert "missing: config: correct the arguments; see `lrm fit --help`" in output
     assert "devicess" in output
 
 
