@@ -20,7 +20,7 @@ from lrm_pl.training.processes import is_srun_task
 
 @exit_on_error
 def main(argv: Sequence[str]) -> None:
-    """Run the command, which exits with status 1 if a requirement is missing."""
+    """Run ``lrm doctor``, which exits with status 1 if a requirement is missing."""
     parser = argparse.ArgumentParser(
         prog="lrm doctor",
         description=__doc__,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         return  # the first node prints the table
     if not print_table(rows):
         sys.exit(1)
-    print("All requirements are met. Next: make train with the same variables")
+    print("All requirements are met. Start the run with `make train` and the same variables.")
 
 
 def srun_command(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:

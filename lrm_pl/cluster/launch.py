@@ -130,7 +130,7 @@ def node_command(launch: Launch, master: str, rank: int | str = NODE_RANK) -> st
 
 @exit_on_error
 def main(words: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``lrm launch``."""
     split = words.index("--") if "--" in words else len(words)
     options = argument_parser().parse_args(words[:split])
     launch = plan_launch(options, words[split + 1 :])
@@ -162,7 +162,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default="24:00:00",
         help="time limit, after which the job is requeued (default: %(default)s)",
     )
-    add("--master", default="", help="address[:port] of the first node, to start without Slurm")
+    add("--master", default="", help="address[:port] of the first node, to start the run without Slurm")
     add("--dry-run", action="store_true", help="print the command without running it")
     return parser
 
@@ -170,7 +170,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the processes of a run, which ``lrm launch`` and ``lrm doctor`` share."""
     slurm.add_options(parser)
-    parser.add_argument("--processes", type=int, help="processes per node on CPUs (default: 1)")
+    parser.add_argument("--processes", type=int, help="number of processes per node on CPUs (default: 1)")
     parser.add_argument("--container", default="", help="container image for pyxis")
 
 
@@ -183,7 +183,8 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
     gpus = options.gpus
     if gpus is None and options.master:
         raise InputError(
-            "GPUS is not set with MASTER", remedy="use GPUS=8 for eight GPUs per node, or GPUS=0 for CPUs"
+            "GPUS is not set, but MASTER requires GPUS",
+            remedy="use GPUS=8 for eight GPUs per node, or GPUS=0 for CPUs",
         )
     if gpus is None and options.nodes == 1 and not slurm.available():
         gpus = visible_gpus()
@@ -195,9 +196,9 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
     strategy = options.strategy or ("ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu")
     if strategy not in known:
         raise InputError(
-            expected=f"STRATEGY to be one of {known} ({STRATEGIES}/)",
+            expected=f"STRATEGY to be one of {known}, as defined in {STRATEGIES}/",
             found=f"{strategy!r}",
-            remedy="correct STRATEGY=, and run the command in the folder of the Makefile",
+            remedy="correct STRATEGY=, and run the command in the folder that contains the Makefile",
         )
     for config in options.config:
         if not Path(config).is_file():
@@ -282,7 +283,7 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
         if not here:
             print(
                 f"This machine has no `sbatch`, so {CPUS} is a placeholder for the number of CPUs per process. "
-                "MASTER=address prints commands of torchrun instead."
+                "With MASTER=address, torchrun commands are printed instead."
             )
         return
     for folder in (launch.run, cache_folder()):  # required by Slurm's log file and by container mounts

@@ -57,9 +57,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that select the nodes of a job."""
     add = parser.add_argument
     add("--nodes", type=int, default=1, help="number of nodes (default: 1)")
-    add("--gpus", type=int, help="GPUs per node, or 0 for CPUs (default: as reported by Slurm)")
+    add("--gpus", type=int, help="number of GPUs per node, or 0 for CPUs (default: as reported by Slurm)")
     partition = os.environ.get("SBATCH_PARTITION", "")
-    add("--partition", default=partition, help="Slurm partition (default: SBATCH_PARTITION)")
+    add(
+        "--partition",
+        default=partition,
+        help="Slurm partition (default: environment variable SBATCH_PARTITION)",
+    )
     add("--account", default="", help="Slurm account (default: the account that Slurm selects)")
 
 
@@ -126,7 +130,7 @@ def submit(command: Sequence[str]) -> str:
 
 
 def node_shapes(partition: str) -> list[NodeShape]:
-    """Return the shapes of the nodes of a partition.
+    """Return the numbers of CPUs and GPUs of the nodes of a partition.
 
     Args:
         partition: Name of the partition, or names separated by commas. If "", the default partition is used.
@@ -176,9 +180,9 @@ def gpus_per_node(partition: str) -> int:
     if len(counts) > 1:
         raise InputError(
             f"GPUS is not set, and the nodes have different numbers of GPUs: {counts}",
-            remedy="set GPUS= to the number per node",
+            remedy="set GPUS= to the number of GPUs per node",
         )
-    print(f"GPUS is not set. Each node of this partition has {counts[0]} GPUs, which the job uses.")
+    print(f"GPUS is not set. The job uses all {counts[0]} GPUs of each node.")
     return counts[0]
 
 
@@ -202,7 +206,7 @@ def cpus_per_process(partition: str, gpus: int, processes: int) -> int:
         raise InputError(
             expected=f"at most {min(shape.cpus for shape in shapes)} processes per node, one per CPU",
             found=processes,
-            remedy="lower PROCESSES= or GPUS=",
+            remedy="decrease PROCESSES= or GPUS=",
         )
     return cpus
 

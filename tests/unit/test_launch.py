@@ -138,7 +138,7 @@ def test_master_does_not_use_slurm(checkout, monkeypatch, capsys):
         main(given)
     main([*given, "--master=localhost"])
     assert "--nproc-per-node 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="GPUS is not set with MASTER"):
+    with pytest.raises(SystemExit, match="GPUS is not set, but MASTER"):
         main(["--master=localhost", "-c", "mine.yaml", "--dry-run"])
 
 

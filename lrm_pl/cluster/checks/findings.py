@@ -42,7 +42,7 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict that the table shows."""
+        """Verdict in the table, which is "missing", "warning" or "ok"."""
         return "missing" if self.missing else "warning" if self.warning else "ok"
 
     @property
