@@ -67,7 +67,7 @@ def print_gpu_estimate(
     console.print(
         f"{hardware.processes} x {gpu.name} in {counted(nodes, 'node')}{network}; {plan.steps} steps. Roofline model: "
         f"{FAST.flops:.0%} to {SLOW.flops:.0%} of the peak FLOP/s, {FAST.bytes:.0%} to {SLOW.bytes:.0%} of the "
-        f"bandwidth of memory and links, {FAST.launch * 1e6:.0f} to {SLOW.launch * 1e6:.0f} us per launch; without "
+        f"bandwidth of memory and links, {FAST.launch * 1e6:.0f} to {SLOW.launch * 1e6:.0f} us per launch, excluding "
         f"atomics and data loading. {'Fused' if plan.fused else 'Foreach'} AdamW. DeepSpeed is not simulated.",
         soft_wrap=True,
     )
@@ -80,8 +80,9 @@ def print_gpu_estimate(
         needed = whole.model_flops * plan.accumulate / peak_flops
         mfu = needed / best.seconds[0], needed / best.seconds[1]
         console.print(
-            f"Recommended: {best.strategy}, the simplest of the fastest that fit; {_format_range(best.seconds, 2)} s "
-            f"per step, MFU {_format_range(mfu, 2)} (estimated, not measured).",
+            f"Recommended: {best.strategy}, the simplest strategy that fits into memory and is at most 5 % slower "
+            f"than the fastest; {_format_range(best.seconds, 2)} s per step, MFU {_format_range(mfu, 2)} "
+            "(estimated, not measured).",
             soft_wrap=True,
         )
     return best
@@ -108,8 +109,9 @@ def print_cpu_estimate(console: Console, planner: Planner, *, less_memory: bool)
     row = dataclasses.replace(row, strategy="cpu", compute=(seconds, seconds))
     _print_strategies(console, [row], plan, None)
     console.print(
-        f"The peak includes {base / 1e9:.2f} GB of Python and libraries, and memory that the heap keeps. This machine "
-        f"reaches {peak / 1e9:.0f} GFLOP/s at its peak, and about half of it in a step.",
+        f"The peak memory includes {base / 1e9:.2f} GB for Python and libraries, and freed memory that the heap "
+        f"retains. The peak rate of this machine is {peak / 1e9:.0f} GFLOP/s, and a step reaches about half of "
+        "this rate.",
         soft_wrap=True,
     )
     if less_memory:

@@ -67,8 +67,9 @@ def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ra
                 expected[placement.dim] = len(range(rows)[rank % shards * size :][:size])
                 found = list(parameter.to_local().shape)
                 if found != expected:
+                    shape = list(parameter.shape)
                     raise InputError(
                         subject=name,
-                        expected=f"a shard of shape {expected} of {tuple(parameter.shape)} on rank {rank}",
+                        expected=f"a shard of shape {expected} on rank {rank} for a weight of shape {shape}",
                         found=found,
                     )

@@ -262,7 +262,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _enter(counter: OperationCounter, part: str) -> Callable[..., None]:
-    """Return a hook that sets the part of the counter, except in the backward pass, which is a single part."""
+    """Return a hook that sets ``counter.part``, except in the backward pass, which is a single part."""
 
     def hook(*_: object) -> None:
         if counter.part != "backward":

@@ -93,7 +93,7 @@ class StrategyEstimate:
         gradients: Size in bytes of the gradients.
         optimizer: Size in bytes of AdamW's moments and of ZeRO's copies of the weights.
         activations: Peak size in bytes of activations, gathered weights and temporary tensors.
-        peak: Peak memory in bytes, including memory that the allocator holds in addition.
+        peak: Peak memory in bytes, including memory that the allocator holds in addition to the tensors.
         sent: Number of bytes sent.
         compute: Time of computation in seconds.
         exposed: Time of communication that does not overlap with computation, in seconds.

@@ -110,7 +110,7 @@ def test_an_estimate_for_many_gpus_recommends_a_strategy(middle, capsys):
     ddp, fsdp2, hsdp = (cells(output, name) for name in ("ddp", "fsdp2", "hsdp"))
     assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights
     assert ddp[2] > hsdp[2] >= fsdp2[2]  # moments
-    assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", output)
+    assert re.search(r"To start the run: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", output)
     assert "Times are estimated, not measured" in output
     best = re.search(
         r"Recommended: (\w+), .*; ([\d.]+)-([\d.]+) s per step, MFU ([\d.]+)-([\d.]+) \(estimated, not",
@@ -140,7 +140,10 @@ def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
             ["--gpus", "3"],
             "divisible by 3 processes x 1 accumulated batches, but found 2",
         ),
-        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12 GPUs"),
+        (
+            ["--gpus", "12", "--data.batch_size", "12"],
+            "expected a multiple of 8 GPUs, the number per node, but found 12 GPUs",
+        ),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
         (["--model.lrm.width", "3"], "expected arguments of `lrm fit`"),
         (["--gpus", "-1"], "--gpus must be at least 0"),
@@ -175,7 +178,9 @@ def test_the_fraction_of_hit_rays_is_measured_on_available_data(middle, shards, 
     estimate([middle, *SHALLOW, "--data.folder", str(shards)])
     output = capsys.readouterr().out
     assert "(cameras of 4 training objects)" in output
-    assert output.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on CPUs, too"
+    assert output.splitlines()[-1].startswith(f'To start the run: make train CONFIG="{middle}"'), (
+        "on CPUs, too"
+    )
 
 
 def test_settings_with_less_memory_are_listed_for_a_small_gpu(middle, capsys, monkeypatch):
