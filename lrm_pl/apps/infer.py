@@ -101,8 +101,8 @@ def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
 def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
     console.print(
-        f"{out}: {', '.join(record['files'])}; {record['mesh']['faces']} faces at density "
-        f"{record['threshold']:.3g}\n  background: {record['background']}; seconds: {seconds}"
+        f"{out}: {', '.join(record['files'])}; {record['mesh']['faces']} faces at a density of "
+        f"{record['threshold']:.3g}\n  background: {record['background']}; time in seconds: {seconds}"
     )
     for warning in record["warnings"]:
         console.print(f"  warning: {warning}")
@@ -128,7 +128,7 @@ def _mesh_format(text: str) -> str:
     """
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected formats among {', '.join(MESH_FORMATS)}, but found {text!r}. Put images before the option: "
+            f"expected one of the formats {', '.join(MESH_FORMATS)}, but found {text!r}. Put images before the option: "
             "lrm infer IMAGE --formats glb obj"
         )
     return text

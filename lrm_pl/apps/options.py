@@ -21,8 +21,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that select a trained model."""
     parser.add_argument(
         "--ckpt",
-        help="run folder, checkpoint (path or URL), folder of `lrm export`, or hf://owner/name on the Hugging Face "
-        "Hub (default: the newest run in runs/lrm)",
+        help="run folder, checkpoint (path or URL), model folder that `lrm export` created, or hf://owner/name on "
+        "the Hugging Face Hub (default: the newest run in runs/lrm)",
     )
     parser.add_argument(
         "--config", type=user_path, help="config.yaml of the run, if the file is not in the run folder"

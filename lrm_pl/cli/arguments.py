@@ -38,7 +38,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     subject: str
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        """Compose a mapping and check its keys."""
+        """Compose a mapping, and check that no key occurs twice."""
         node = super().compose_mapping_node(anchor)
         keys: dict[str, yaml.Node] = {}
         for key, _ in node.value:

@@ -98,7 +98,9 @@ class LRMCLI(LightningCLI):
             {"model.objective": {"class_path": f"{Objective.__module__}.{Objective.__name__}"}}
         )
         for name, base in OWN_CLASSES.items():
-            parser.add_argument(f"--{name}", type=str | None, help=f"Subclass of {base} to use in its place.")
+            parser.add_argument(
+                f"--{name}", type=str | None, help=f"Subclass of {base} that replaces {base}."
+            )
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
         if self.command != "fit":  # fit resumes with --run.resume

@@ -191,7 +191,7 @@ def _format_duration(seconds: tuple[float, float]) -> str:
 
 
 def _format_range(ends: tuple[float, float], digits: int) -> str:
-    """Format a range with ``digits`` decimals, or up to 6 decimals if the two ends would look equal."""
+    """Format a range with ``digits`` decimals, or up to 6 decimals if both ends would otherwise have the same text."""
     low, high = sorted(ends)
     while digits < 6 and low != high and f"{low:.{digits}f}" == f"{high:.{digits}f}":
         digits += 1

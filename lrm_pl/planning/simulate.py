@@ -2,7 +2,8 @@
 
 The simulation runs the training code itself, so it covers all options. To simulate a GPU, the code runs the branches
 for accelerators on fake CPU tensors, because autograd on fake GPU tensors would require a GPU. The fraction of rays
-that hit the bounds is an input. For each object, only one chunk of rays is simulated, and the cost is multiplied.
+that hit the bounds is an input. For each object, only one chunk of rays is simulated, and the cost is multiplied by
+the number of chunks.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[tuple[str, 
         reports: Findings by name of the node.
 
     Returns:
-        Rows with the names of the nodes, which are empty if all nodes have the finding, and the finding.
+        Rows of two values, the names of the nodes (empty if all nodes have the finding) and the finding.
     """
     checks: dict[str, dict[Finding, list[str]]] = {}
     for node, findings in reports.items():
