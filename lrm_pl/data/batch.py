@@ -40,8 +40,8 @@ class Views:
         background: (B, V, 3) background color of each view in [0, 1].
         c2w: (B, V, 4, 4) canonical camera-to-world poses in the OpenCV convention.
         fxfycxcy: (B, V, 4) normalized intrinsics.
-        jitter: (B, V, H, W) positions of the samples of each ray in their bins in [0, 1). If None, samples are at bin
-            centers.
+        jitter: (B, V, H, W) relative positions in [0, 1) of the samples of each ray in the sampling bins. If None,
+            samples are at the centers of the bins.
     """
 
     images: Float[Tensor, "*B V 3 H W"]
@@ -135,11 +135,11 @@ class PackedBatch:
     faults: Faults
 
     def pin_memory(self) -> "PackedBatch":
-        """Copy the batch to pinned memory. A DataLoader with ``pin_memory=True`` calls this."""
+        """Copy the batch to pinned memory. A DataLoader with ``pin_memory=True`` calls this method."""
         return dataclasses.replace(self, flat=self.flat.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the batch to a device, and composite views of full size over white. Lightning calls this.
+        """Copy the batch to a device, and composite views at full size over white. Lightning calls this method.
 
         Copies to CUDA devices are asynchronous, so that they do not wait for queued kernels.
         """

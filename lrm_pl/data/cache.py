@@ -35,11 +35,11 @@ class CacheConfig:
     """Settings for reading shards from a URL. They have no effect on local folders.
 
     Attributes:
-        folder: Folder of the cache. All processes on a machine share it. If None, the folder ``shards`` in
-            ``$LRM_CACHE``, or in ``~/.cache/lrm_pl`` if this variable is not set.
+        folder: Folder of the cache. All processes on a machine share it. If None, the cache is the
+            folder ``shards`` in ``$LRM_CACHE``, or in ``~/.cache/lrm_pl`` if this variable is not set.
         gigabytes: Maximum size of the cache in gigabytes. If 0, the cache is disabled, and only the required views are
             read with range requests.
-        attempts: Maximum number of attempts per request. If all fail, the sample is treated as bad.
+        attempts: Maximum number of attempts per request. If all attempts fail, the sample is treated as bad.
         ahead: Number of samples per loader worker for which shards are prefetched.
     """
 
@@ -49,7 +49,7 @@ class CacheConfig:
     ahead: int = 64
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Validate the ranges of the fields."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
             raise InputError("gigabytes and ahead of 0 or more and attempts of 1 or more", self)
 
@@ -74,7 +74,7 @@ class ShardCache:
         self._limit = int(config.gigabytes * 1e9)
 
     def find(self, shard: Shard) -> Path | None:
-        """Return the path of the copy of a shard, or None. A copy of an unexpected size is removed."""
+        """Return the path of the cached copy of a shard, or None. A copy of an unexpected size is removed."""
         path = self._path(shard)
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size == shard.bytes:
@@ -84,7 +84,7 @@ class ShardCache:
         return None
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Hash the copy of a shard, and remove the copy if the hash differs from the manifest.
+        """Hash the cached copy of a shard, and remove the copy if the hash differs from the manifest.
 
         Returns:
             Whether the copy was removed.
@@ -99,7 +99,7 @@ class ShardCache:
     def download(self, shard: Shard) -> Path | None:
         """Copy a shard to the cache, unless the cache already contains a copy.
 
-        If a different process is downloading the shard, this waits until the download ends.
+        If a different process is downloading the shard, this method waits until the download ends.
 
         Returns:
             The path of the copy, or None if the shard is larger than the cache.
@@ -127,7 +127,7 @@ class ShardCache:
         return path
 
     def _copy(self, shard: Shard, partial: Path) -> None:
-        """Download a shard in blocks, of which only failed blocks are retried."""
+        """Download a shard in blocks. Only failed blocks are retried."""
         url, digest = f"{self.url}/{shard.name}", hashlib.sha256()
         with open(partial, "r+b") as file:
             for start in range(0, shard.bytes, _BLOCK):
@@ -169,7 +169,7 @@ class ShardCache:
             time.sleep(0.2)
 
     def _copies(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield the paths and the status of copies and downloads.
+        """Yield the path and the file status of each copy and each download.
 
         Downloads of killed processes are removed. Copies that other processes remove are skipped.
         """
@@ -198,6 +198,6 @@ class ShardCache:
 
 
 def _mark_used(path: Path) -> None:
-    """Set the modification time to the current time in nanoseconds, because time stamps of the kernel are coarser."""
+    """Set the modification time of a file in nanoseconds, because time stamps of the kernel are coarser."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))

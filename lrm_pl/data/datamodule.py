@@ -43,7 +43,8 @@ class ShardDataModule(L.LightningDataModule):
             divisible by the number of processes times ``accumulate_grad_batches``.
         side_views: Number of target views per object in addition to the input views (LRM uses 3).
         unseen_views: Number of views at the end of each object that are used in validation, but not in training.
-        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects.
+        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects
+            are used.
         input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
             is drawn from all training views (as in LRM). Small values shorten training on small data sets, because
             the canonical frame depends on the input view.
@@ -56,7 +57,8 @@ class ShardDataModule(L.LightningDataModule):
         max_bad_fraction: Maximum fraction of unreadable or rejected samples, which are replaced by other samples. If it
             is exceeded, training stops. With 1, the fraction is not limited.
         workers: Number of data loading processes. With 0, data is loaded in the training process.
-        seed: Seed of the order of samples and of augmentation. If None, the seed of ``seed_everything``, or 0.
+        seed: Seed of the order of samples and of augmentation. If None, the seed of
+            ``seed_everything`` is used, or 0 if there is none.
         streams: Number of streams per epoch. Samples in a batch come from different streams and thus mostly from
             different shards.
     """
@@ -165,7 +167,7 @@ class ShardDataModule(L.LightningDataModule):
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from a Lightning checkpoint, after which Lightning's loops count earlier batches."""
+        """Resume from a Lightning checkpoint. The loops of Lightning then also count earlier batches."""
         self.resume(state_dict["step"], state_dict["position"])
         self._resumed_by_lightning = True
 
@@ -198,7 +200,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader(stream, batch_size=None)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Return the loaders of ``EVALUATION_SETS`` with one object per batch. "heldout" may be empty."""
+        """Return the loaders of the ``EVALUATION_SETS`` with one object per batch. The set "heldout" may be empty."""
         return [self.evaluation_loader(name, self.val_objects) for name in EVALUATION_SETS]
 
     def test_dataloader(self) -> list[DataLoader[PackedBatch]]:
@@ -214,7 +216,7 @@ class ShardDataModule(L.LightningDataModule):
 
         Args:
             name: Name in ``EVALUATION_SETS``.
-            limit: Maximum number of objects. If None, all objects.
+            limit: Maximum number of objects. If None, all objects are used.
         """
         split: Split = "val" if name == "heldout" else "train"
         return self._evaluation_loader(split, slice(-self.unseen_views, None), limit)
@@ -223,12 +225,12 @@ class ShardDataModule(L.LightningDataModule):
         """Return a loader of the training views of training objects at full size.
 
         Args:
-            limit: Maximum number of objects. If None, all objects.
+            limit: Maximum number of objects. If None, all objects are used.
         """
         return self._evaluation_loader("train", slice(-self.unseen_views), limit)
 
     def framing_batches(self) -> Iterator[Batch]:
-        """Yield input views of a few training objects for ``measure_framing``, without worker processes."""
+        """Yield input views of a few training objects for ``measure_framing``, without starting worker processes."""
         views = slice(min(self.input_pool or _FRAMING_VIEWS, _FRAMING_VIEWS))
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _FRAMING_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())
@@ -266,7 +268,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader(items, batch_size=1, collate_fn=collate, persistent_workers=self.workers > 0)
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:  # noqa: ANN401 - DataLoader's
-        """Return a loader with ``workers`` processes. Batches are copied to pinned memory if the device is CUDA."""
+        """Return a loader with ``workers`` processes. For CUDA devices, batches are copied to pinned memory."""
         return DataLoader(
             dataset,
             num_workers=self.workers,

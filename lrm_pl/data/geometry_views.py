@@ -1,7 +1,7 @@
 """Depth and normals of views, stored as images in the optional members ``depth_000.png`` and ``normal_000.png``.
 
 Depth and normals describe the first surface at the center of each pixel, which may be transparent. They are 0 at pixels
-whose center is not covered by a surface, which have zero or partial alpha.
+whose center is not covered by a surface. Such pixels have zero or partial alpha.
 """
 
 import io
@@ -143,7 +143,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
         (H, W) uint16 values of a depth image, or (H, W, 3) uint8 values of a normal image.
 
     Raises:
-        SampleError: The member is not an image of this type or is too large.
+        SampleError: The member is not a depth or normal image, or is too large.
     """
     mode = _MODES[name.partition("_")[0]]
     try:

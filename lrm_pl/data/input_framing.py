@@ -30,7 +30,7 @@ class InputFraming:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Validate the ranges of the fields."""
         _ = self.camera
         if not 0 < self.foreground <= 1 or not 0 <= self.background <= 1:
             raise InputError(expected="foreground in (0, 1] and background in [0, 1]", found=self)

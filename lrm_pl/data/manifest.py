@@ -38,7 +38,7 @@ MemberIndex = dict[str, dict[str, tuple[int, int]]]
 
 
 class ShardError(InputError):
-    """A shard or a folder of shards is missing, unfinished or damaged."""
+    """Error raised if a shard or a folder of shards is missing, unfinished or damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Shard:
         samples: Number of samples.
         bytes: Size of the tar in bytes.
         sha256: Hash of the tar in lower-case hexadecimal digits.
-        rejected: Whether the samples were rejected by a rule. They are not used for training, but can be selected with
-            ``repack``.
+        rejected: Whether the samples were rejected by a filter rule. Rejected samples are not used for training, but
+            can be selected with ``data_tools repack``.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Manifest:
     """Contents of a folder of shards.
 
     Attributes:
-        shards: All shards, in order.
+        shards: All shards in order.
         views: Number of views per sample.
         failures: Number of assets that could not be rendered, which are listed in ``failures.jsonl``.
         render: Render settings of the views (preset, resolution, samples, seed, normalization, renderer).

@@ -1,7 +1,7 @@
 """Weighted mixtures of data sets.
 
-In each epoch, LRM uses Objaverse once and MVImgNet three times (section 4.1). The shards of a data set of weight w are
-therefore listed w times per epoch.
+In each epoch, LRM uses Objaverse once and MVImgNet three times (section 4.1 of the paper). The shards of a data set of
+weight w are therefore listed w times per epoch.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class DataSet:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A shard in the list of an epoch.
+    """A shard in the list of shards of an epoch.
 
     Attributes:
         source: The folder of the shard.
@@ -84,7 +84,7 @@ class Mixture:
 
     @property
     def views(self) -> int:
-        """Minimum number of views per object of the data sets."""
+        """Minimum number of views per object over all data sets."""
         return min(manifest.views for _, manifest, _ in self.members)
 
     def entries(self, split: Split, *, repeated: bool) -> tuple[Entry, ...]:

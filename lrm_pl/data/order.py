@@ -2,9 +2,9 @@
 
 In each epoch e, the shards of the training split and the samples in each shard are permuted depending on (seed, e). The
 N samples are then divided into S contiguous streams whose lengths differ by at most 1. Position p in the epoch refers
-to element p // S of stream p mod S, and the global position is g = e N + p. Each batch contains the samples at the next
-G global positions, so a batch can contain samples of two epochs, and no sample is dropped. The global position is the
-complete state of the data.
+to element p // S of stream p mod S, and the global position is g = e N + p. Each batch of G
+samples contains the samples at the next G global positions, so a batch can contain samples of two epochs, and no sample
+is dropped. The global position is the complete state of the data.
 """
 
 import dataclasses
@@ -78,12 +78,12 @@ class SampleOrder:
 
     @cached_property
     def _layouts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Cache of ``_layout`` by epoch."""
+        """Cached results of ``_layout`` by epoch."""
         return {}
 
     @cached_property
     def _shuffles(self) -> dict[tuple[int, int], np.ndarray]:
-        """Cache of ``_shuffled`` by (epoch, shard)."""
+        """Cached results of ``_shuffled`` by epoch and shard."""
         return {}
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

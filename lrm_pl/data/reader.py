@@ -1,4 +1,4 @@
-"""Random access to samples in shards, in which only the required members are read."""
+"""Random access to samples in shards. Only the required members of a sample are read."""
 
 import io
 import tarfile
@@ -33,7 +33,7 @@ class PackedIndex:
     The arrays use about 6 bytes per member, and 16 bytes and the size of the key per sample.
 
     Args:
-        index: Mapping from sample key to member name to offset and size in bytes.
+        index: Mapping from sample keys to mappings from member names to offset and size in bytes.
 
     Raises:
         ShardError: The members of a sample are not adjacent, or a sample has no members.
@@ -95,8 +95,8 @@ class ShardReader:
 
     Args:
         entries: The shards to which ``SampleLocation.shard`` refers.
-        kept: Maximum number of indices in memory, of which the least recently used is evicted first. It should be at
-            least the number of shards that are read alternately.
+        kept: Maximum number of indices in memory. The least recently used index is evicted first. The number should be
+            at least the number of shards that are read alternately.
     """
 
     def __init__(self, entries: Sequence[Entry], kept: int = 16) -> None:
@@ -198,7 +198,7 @@ class ShardReader:
         Args:
             location: Location of the sample.
             views: Indices of the views to read.
-            convert: Function of the sample.
+            convert: Function that is applied to the sample.
             extras: Names of optional members to read if they exist.
 
         Raises:
@@ -223,7 +223,7 @@ class ShardReader:
         return entry.source.evict_if_corrupt(entry.shard)
 
     def located(self, location: SampleLocation, error: Exception) -> SampleError:
-        """Return the error of a bad sample, to which the shard, the key and a remedy are added.
+        """Return the error of a bad sample with the shard, the key and a remedy in the message.
 
         Raises:
             SampleError: The index of the shard cannot be read.

@@ -8,12 +8,12 @@ A sample with key ``chair`` and V views has the following members, which are sor
     chair.view_000.webp  one per view, RGBA with 8 bits and straight alpha, lossless WebP or PNG
     chair.view_001.webp  ...
     chair.measures.json  optional, measurements of the object (data_tools/quality/measures.py)
-    chair.depth_000.png  optional, one per view, 16 bits, depth along the z axis of the camera / ``MAX_DEPTH`` * 65535
+    chair.depth_000.png  optional, one per view, 16 bits, 65535 * depth along the camera z axis / ``MAX_DEPTH``
     chair.normal_000.png optional, one per view, RGB with 8 bits, world-space normal n as (n + 1) / 2
     chair.surface.npy    optional, (20000, 6) float32 world-space surface points and normals
 
-Depth and normals are 0 at pixels whose center is not covered by a surface, which have zero or partial alpha. No member
-is a pickle. All members are validated before use.
+Depth and normals are 0 at pixels whose center is not covered by a surface. Such pixels have zero or partial alpha. No
+member is a pickle. All members are validated before use.
 """
 
 import dataclasses
@@ -70,11 +70,11 @@ MAX_DEPTH = 8.0
 
 
 class SampleError(InputError):
-    """A sample violates the schema."""
+    """Error raised if a sample violates the schema."""
 
 
 def sample_subject(key: str) -> AbstractContextManager[None]:
-    """Return a context that adds the key of a sample to errors without subject."""
+    """Return a context that adds the key of a sample to errors without a subject."""
     return error_subject(f"sample {key!r}")
 
 
@@ -88,7 +88,7 @@ class SampleInfo:
         license: License of the mesh, or "unknown".
         creator: Creator of the mesh, or "unknown".
         source: Origin of the mesh (library, file name, URL).
-        seed: Seed of the cameras of the object and of Cycles.
+        seed: Seed of the camera poses and of the Cycles renderer.
         renderer: Program, version and device type with which the views were rendered.
         views: Number of views.
         schema_version: Version of this schema.
@@ -166,7 +166,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], selected: Sequence[int
     Args:
         key: Key of the sample in the tar.
         members: Mapping from member name without the key to content.
-        selected: Indices of the views in ``members``. If None, all views.
+        selected: Indices of the views in ``members``. If None, ``members`` must contain all views.
 
     Raises:
         SampleError: A member is missing or invalid, or the sample violates the schema.
@@ -236,7 +236,7 @@ def _require_small(size: tuple[int, int]) -> None:
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
     """Encode one (H, W, 4) uint8 view with straight alpha deterministically.
 
-    Views are encoded as lossless WebP, which is decoded two to three times as fast as PNG and is a quarter smaller.
+    Views are encoded as lossless WebP, which is a quarter smaller than PNG and is decoded two to three times as fast.
     Fully opaque views are encoded as PNG, because WebP would drop the alpha channel.
 
     Raises:

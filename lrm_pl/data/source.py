@@ -170,10 +170,10 @@ class ShardSource:
 
     @contextlib.contextmanager
     def _tracked(self, name: str) -> Iterator[None]:
-        """Return a context that records a failure to read a file, so that other samples in it fail without retries.
+        """Return a context that records a failure to read a file, so that later reads of the file fail without retries.
 
         Raises:
-            StoreError: The file could not be read, now or shortly before.
+            StoreError: The file cannot be read, or could not be read shortly before.
             StoreDownError: Several consecutive files could not be read.
         """
         failed_at, message = self._unreadable.get(name, (-math.inf, ""))

@@ -1,4 +1,4 @@
-"""Datasets of shards for training (a webdataset pipeline) and for evaluation (each sample once)."""
+"""Datasets that read shards for training (a webdataset pipeline) or for evaluation (each sample once)."""
 
 import dataclasses
 import logging
@@ -57,7 +57,7 @@ class BatchPartition:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Validate the ranges of the fields."""
         if self.accumulate < 1:
             raise InputError(expected="trainer.accumulate_grad_batches of at least 1", found=self.accumulate)
         parts = self.world * self.accumulate
@@ -107,9 +107,9 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         seed: Seed of the order and of augmentation.
         streams: Number of streams of the global order.
         steps: Number of optimizer steps.
-        step: Number of optimizer steps completed before.
+        step: Number of optimizer steps completed before the first batch.
         position: Global position of the first sample.
-        counted: Number of earlier optimizer steps included in the length, as Lightning requires after a resume.
+        counted: Number of earlier optimizer steps that the length includes, as Lightning requires for a resumed run.
         stages: Functions from ``DecodedSample`` to ``DecodedSample``, which are applied in order before augmentation. A
             function rejects a sample by raising ``SampleError`` or returning None.
 
@@ -170,7 +170,7 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
                 yield from self._candidates(g)
 
     def _candidates(self, position: int) -> Iterator[tuple[SampleLocation, int]]:
-        """Yield candidates for a global position until one passes all stages.
+        """Yield candidate samples for a global position until one passes all stages.
 
         Raises:
             SampleError: All samples are bad.
@@ -256,7 +256,8 @@ class EvaluationSet(IterableDataset[Item]):
         split: The split.
         inputs: Number of input views, which are the first views of an object.
         views: Target views as a slice of all views of an object.
-        limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects.
+        limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects
+            are used.
         rank: Rank of this process.
         world: Number of processes.
     """

@@ -36,7 +36,7 @@ _MAX_PADDING = 1 << 20
 
 
 def padded(size: Size) -> Size:
-    """Return a size in bytes rounded up to full records."""
+    """Return a size in bytes, rounded up to full tar records."""
     return -(-size // RECORD) * RECORD
 
 
@@ -96,7 +96,7 @@ def encode_index(index: MemberIndex) -> bytes:
 
 
 def scan_tar(path: Path) -> MemberIndex:
-    """Return the member index of a shard, which is read from the tar headers.
+    """Read the member index of a shard from the headers of the tar.
 
     Raises:
         ShardError: The file is not a complete tar of regular files, or the members of a sample are not adjacent.
@@ -133,7 +133,7 @@ def scan_tar(path: Path) -> MemberIndex:
 
 
 def _regular_files(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar, which must be regular files named KEY.NAME without extended headers."""
+    """Yield the members of a tar, which must be regular files named KEY.NAME without extended names or sizes."""
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             is_plain = (

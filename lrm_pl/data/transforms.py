@@ -1,7 +1,7 @@
 """Pure functions that create items from samples, with view selection, canonical cameras, random crops and backgrounds.
 
-All randomness of a sample comes from one generator seeded by (seed, epoch, key). A sample is therefore equal on every
-rank and worker, and after a run is resumed.
+All randomness of a sample comes from one generator, which is seeded by the seed of the run, the epoch and the key of
+the sample. A sample is therefore equal on all ranks and workers, and does not change when a run is resumed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class CropConfig:
     Attributes:
         low: Minimum side of a resized view in pixels.
         high: Maximum side of a resized view in pixels.
-        size: Side of the window that is used as the target in pixels.
+        size: Side of the target window in pixels.
         foreground: Probability that the window is centered on a pixel of the object, or as close to it as the image
             borders allow (TripoSR, section 3.2). Otherwise, the position is drawn uniformly.
     """
@@ -74,7 +74,7 @@ class Augmentation:
     camera_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Validate the order of the stages and the noise."""
+        """Validate the camera noise and the order of the stages."""
         starts = [stage.from_step for stage in self.stages]
         if starts != sorted(set(starts)) or any(start < 1 for start in starts):
             raise InputError(expected="crop_stages that begin at ascending steps from 1 on", found=starts)
@@ -108,7 +108,7 @@ def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Ge
 def choose_views(
     rng: np.random.Generator, available: int, count: int, input_pool: int | None = None
 ) -> list[int]:
-    """Draw distinct training views of an object without replacement.
+    """Draw training views of an object without replacement.
 
     Args:
         rng: Random generator of the sample.
@@ -233,7 +233,7 @@ def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxc
 def _place_window(
     rgba: npt.NDArray[np.uint8], side: int, crop: CropConfig, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Return the row and column of the top left pixel of a random window in the resized view."""
+    """Return the row and column of the top-left pixel of a random window in the resized view."""
     spare = side - crop.size
     if crop.foreground and rng.random() < crop.foreground:
         pixels = (resized_window(rgba, side, 0, 0, side)[3] > 0.5).nonzero()

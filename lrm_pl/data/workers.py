@@ -24,9 +24,9 @@ _LONGEST_TEMP_DIR = 107 - len("/listener-xxxxxxxx")
 def ignore_stop_signals(worker: int) -> None:
     """Ignore stop signals in a DataLoader worker, except for SIGTERM sent by the parent process.
 
-    Use this as the ``worker_init_fn`` of a DataLoader. Otherwise, a stop signal would kill the workers, and the run
-    would fail before it saves a checkpoint. The worker also exits when the parent process exits. PyTorch checks this
-    only between batches, but a worker can be blocked on a full pipe.
+    Use this function as the ``worker_init_fn`` of a DataLoader. Otherwise, a stop signal would kill the workers, and
+    the run would fail before it saves a checkpoint. The worker also exits when the parent process exits. PyTorch checks
+    only between batches whether the parent process exists, but a worker can be blocked on a full pipe.
 
     Args:
         worker: Index of the worker, which is not used.
