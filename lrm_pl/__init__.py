@@ -1,7 +1,7 @@
 """Training of Large Reconstruction Models (single image to triplane NeRF) with Lightning.
 
 Importing this package does not import torch, so that ``data_tools`` can use ``lrm_pl.conventions`` and the shard schema
-without it.
+in environments without torch.
 """
 
 import importlib

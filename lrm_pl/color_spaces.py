@@ -1,9 +1,9 @@
-"""Conversion of images from the color space that the file declares to 8-bit sRGB, with numpy and PIL only.
+"""Conversion of images from the color space declared in the file to 8-bit sRGB, using only numpy and PIL.
 
-Supported declarations are ICC profiles, the cICP, sRGB, gAMA and cHRM chunks of PNG, nclx of AVIF, the V4 and V5
-headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the mode of the image is
-ignored, as in browsers. If there is no declaration, colors are assumed to be sRGB, and CMYK is assumed to be the
-complement of sRGB. If an AVIF contains several nclx declarations, the first one is used. A 16-bit PNG with a declared
+Supported declarations are ICC profiles, the cICP, sRGB, gAMA and cHRM chunks of PNG, the nclx property of AVIF, the
+V4 and V5 headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the mode of the image
+is ignored, as in browsers. If there is no declaration, colors are assumed to be sRGB, and CMYK is assumed to be the
+complement of sRGB. If an AVIF contains several nclx properties, the first one is used. A 16-bit PNG with a declared
 transfer function is converted before colors are rounded to 8 bits. ICC profiles are applied to 8-bit colors.
 """
 
@@ -66,11 +66,11 @@ class ColorSpaceError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class ColorSpace:
-    """RGB color space.
+    """An RGB color space.
 
     Attributes:
-        xy: CIE 1931 x and y of red, green, blue and white.
-        gamma: Exponent from stored to linear values, or None for the sRGB curve.
+        xy: CIE 1931 chromaticities x and y of red, green, blue and white.
+        gamma: Exponent of the conversion from stored to linear values, or None for the sRGB curve.
     """
 
     xy: tuple[float, ...] = _BT709
@@ -94,7 +94,7 @@ def linear_to_srgb(linear: npt.ArrayLike) -> npt.NDArray[np.floating]:
 
 
 def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
-    """Convert an image from the color space that the file declares to sRGB.
+    """Convert an image from the color space declared in the file to sRGB.
 
     Args:
         image: Image with the mode and metadata that PIL has read.
@@ -128,12 +128,12 @@ def is_srgb(image: Image.Image, content: bytes) -> bool:
 
 
 def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
-    """Return the color space of the first declaration other than a profile."""
+    """Return the color space declared by nclx, PNG chunks or EXIF, in this order of precedence, or None."""
     return _avif_codes(content) or _png_gamma(image) or _exif_space(image)
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
-    """Return the 16-bit colors (H, W, 3) of a PNG, of which PIL keeps only the upper bytes, or None otherwise."""
+    """Return the colors (H, W, 3) of a 16-bit PNG without the rounding to 8 bits by PIL, or None for other images."""
     if not content.startswith(_PNG) or content[24] != 16:
         return None
     if image.mode.startswith("I;16"):
@@ -188,7 +188,7 @@ def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
 
 
 def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
-    """Convert an image, unless the conversion only changes the rounding of colors."""
+    """Convert an image, unless the conversion changes colors only by rounding."""
     levels = np.linspace(0, 255, 18).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
     if image.mode == "L":
@@ -201,7 +201,7 @@ def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert an image by an ICC profile. Return None if the profile is damaged or does not match the image."""
+    """Convert an image with an ICC profile. Return None if the profile is damaged or does not match the image."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
@@ -221,7 +221,7 @@ def _unsupported(expected: str, found: str) -> ColorSpaceError:
 
 
 def _coded(primaries: int, transfer: int) -> ColorSpace | None:
-    """Return the color space with the given codes of H.273, or None if both codes are unspecified."""
+    """Return the color space with the given codes of ITU-T H.273, or None if both codes are unspecified."""
     if primaries == transfer == 2:
         return None
     if primaries in _PRIMARIES and transfer in _TRANSFERS:
@@ -231,7 +231,7 @@ def _coded(primaries: int, transfer: int) -> ColorSpace | None:
 
 
 def _png_codes(content: bytes) -> ColorSpace | None:
-    """Read the cICP chunk of a PNG."""
+    """Return the color space declared by the cICP chunk of a PNG, or None if there is no such chunk."""
     found = _CICP.search(content, 0, content.find(b"IDAT")) if content.startswith(_PNG) else None
     if found is None:
         return None
@@ -242,7 +242,7 @@ def _png_codes(content: bytes) -> ColorSpace | None:
 
 
 def _png_gamma(image: Image.Image) -> ColorSpace | None:
-    """Read the sRGB, gAMA and cHRM chunks of a PNG."""
+    """Return the color space declared by the sRGB, gAMA and cHRM chunks of a PNG, or None."""
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if "srgb" in image.info:
         return SRGB
@@ -256,13 +256,13 @@ def _png_gamma(image: Image.Image) -> ColorSpace | None:
 
 
 def _avif_codes(content: bytes) -> ColorSpace | None:
-    """Read the first nclx declaration of an AVIF, which encoders write for the color image."""
+    """Return the color space declared by the first nclx property of an AVIF, or None."""
     found = _NCLX.search(content) if content[4:8] == b"ftyp" else None
     return None if found is None else _coded(*struct.unpack(">HH", found[1]))
 
 
 def _profile(image: Image.Image, content: bytes) -> bytes | None:
-    """Return the ICC profile of an image, which Pillow does not read from the V4 and V5 headers of BMP."""
+    """Return the ICC profile of an image, or None. Pillow does not read profiles from V4 and V5 headers of BMP."""
     if not content.startswith(b"BM") or len(content) < 138 or int.from_bytes(content[14:18], "little") < 108:
         return image.info.get("icc_profile")
     space_type, endpoints = content[70:74][::-1], content[74:122]
@@ -274,7 +274,7 @@ def _profile(image: Image.Image, content: bytes) -> bytes | None:
 
 
 def _exif_space(image: Image.Image) -> ColorSpace | None:
-    """Read EXIF tags and the TIFF tags used by EXIF."""
+    """Return the color space declared by EXIF tags or by the TIFF tags that EXIF uses, or None."""
     try:
         exif = image.getexif()
         details = exif.get_ifd(ExifTags.IFD.Exif)
@@ -301,7 +301,7 @@ def _exif_space(image: Image.Image) -> ColorSpace | None:
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...]:
-    """Return the value of a tag as a tuple, or () if it does not consist of ``count`` finite positive numbers."""
+    """Return the value of a tag as a tuple, which is empty unless the value is ``count`` finite positive numbers."""
     numbers = () if value is None else tuple(np.asarray(value, dtype=np.float64).ravel().tolist())
     fits = len(numbers) == count and all(math.isfinite(number) and number > 0 for number in numbers)
     return numbers if fits else ()

@@ -1,7 +1,7 @@
 """Conventions for shapes, cameras, the world and colors. This module imports only numpy.
 
 Dimension letters in shape annotations
-    B objects, V views per object, C channels, H W rows and columns, N image tokens, L triplane tokens = 3 s s,
+    B objects, V views per object, C channels, H W rows and columns, N image tokens, L triplane tokens (3 s^2),
     D transformer width, E camera embedding width, F plane channels, s / S plane side before / after upsampling,
     R rays, K samples per ray, Q query points. Per-ray scalars have no trailing dimension of size 1.
 
@@ -18,9 +18,9 @@ World
     unit.
 
 Canonical frame
-    The world is rotated about the origin so that the input camera is on -y, looks along +y and has +z up. The distance
-    of the camera does not change. The rotation removes the elevation of the camera, so +z is the up direction of the
-    camera and may differ from the vertical direction of the scene.
+    The world is rotated about the origin so that the input camera is on the -y axis and looks along +y, with +z up. The
+    distance of the camera does not change. The rotation removes the elevation of the camera, so +z is the up direction
+    of the camera and may differ from the vertical direction of the scene.
 
 Color
     Images are sRGB in [0, 1], with straight (not premultiplied) alpha on disk.

@@ -1,4 +1,4 @@
-"""Base class of errors that users can fix, and functions that complete and print them."""
+"""Base class of errors that users can fix, and functions that complete and print error messages."""
 
 import functools
 import sys
@@ -35,7 +35,7 @@ class InputError(ValueError):
 
 @contextmanager
 def error_subject(subject: object) -> Iterator[None]:
-    """Return a context that adds a subject to an ``InputError`` without subject, for example, the path of a file."""
+    """Return a context that adds a subject to an ``InputError`` without a subject, for example, the path of a file."""
     try:
         yield
     except InputError as error:
@@ -53,8 +53,8 @@ def exit_on_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     """Decorate the main function of a command so that expected errors exit the process with one message.
 
     Args:
-        main: Function of the arguments of the command. The arguments default to ``sys.argv[2:]``, which follow the name
-            of the command.
+        main: Function that is called with the arguments of the command. They default to ``sys.argv[2:]``, the arguments
+            after the name of the command.
     """
 
     @functools.wraps(main)

@@ -1,4 +1,4 @@
-"""Functions to open untrusted image files and to frame objects as in training images, with numpy and PIL only."""
+"""Functions to open untrusted image files and to frame objects as in training images, using only numpy and PIL."""
 
 import contextlib
 import io
@@ -91,10 +91,10 @@ def open_image(
         upright: Whether to apply the EXIF orientation. Pass False if camera parameters refer to the stored pixels.
 
     Returns:
-        RGBA image if the file has transparency, otherwise RGB image.
+        An RGBA image if the file has transparency, or an RGB image otherwise.
 
     Raises:
-        ImageError: The file is missing, damaged, too large, or has an unsupported format or color space.
+        ImageError: The file is missing, damaged or too large, or has an unsupported format or color space.
     """
     with error_subject(name or (source if isinstance(source, Path) else "the image")):
         content = source if isinstance(source, bytes) else _read_file(source, max_bytes)
@@ -116,7 +116,7 @@ def open_image(
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a file, but at most ``max_bytes`` + 1 bytes."""
+    """Read at most ``max_bytes`` + 1 bytes of a file."""
     try:
         if not path.is_file():
             raise ImageError(expected="an image file", found="no file", remedy="correct the path")
@@ -146,7 +146,7 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
     """Convert an image to 8-bit sRGB without metadata, as RGBA if it has transparency and as RGB otherwise.
 
     Args:
-        image: Image of any mode except floats and 32-bit integers.
+        image: Image whose mode does not have floats or 32-bit integers.
         content: Content of the file, for color spaces that PIL does not read (see ``color_spaces``).
         upright: Whether to apply the EXIF orientation.
 
@@ -270,7 +270,7 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
 
 
 def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return left, top, right and bottom of the pixels that are more than half opaque.
+    """Return the bounding box (left, top, right, bottom) of the pixels that are more than half opaque.
 
     If no pixel is more than half opaque, all pixels with alpha above 0 are used. If the image is fully transparent,
     None is returned.

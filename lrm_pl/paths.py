@@ -37,11 +37,11 @@ def hash_file(path: Path) -> str:
 def cache_folder() -> Path:
     """Return the cache folder, which all processes on a machine share.
 
-    The folder is $LRM_CACHE if this variable is set, otherwise $XDG_CACHE_HOME/lrm_pl if that variable is set, and
-    otherwise ~/.cache/lrm_pl.
+    The folder is ``$LRM_CACHE`` if this variable is set, or ``$XDG_CACHE_HOME/lrm_pl`` if that variable is set, or
+    ``~/.cache/lrm_pl`` otherwise.
 
     Raises:
-        InputError: No variable is set, and the user has no home folder.
+        InputError: Neither variable is set, and the user has no home folder.
     """
     if chosen := os.environ.get("LRM_CACHE"):
         return Path(chosen).expanduser()

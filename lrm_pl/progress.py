@@ -48,7 +48,7 @@ def listening(
         wait: Function that is called at the end of a stage before the clock is read, to synchronize with a GPU.
 
     Yields:
-        Seconds by stage, which are updated when a stage ends.
+        Mapping from the name of each stage to its duration in seconds, which is updated when a stage ends.
     """
     recorder = _Recorder(listener, wait, {})
     token = _RECORDER.set(recorder)

@@ -1,4 +1,4 @@
-"""Temporary folders, and removal of temporary folders that killed processes have left.
+"""Temporary folders, and removal of the temporary folders of killed processes.
 
 The process that creates a folder locks the file ``.lock`` in the folder. If the lock is free, the process has ended.
 """
@@ -25,7 +25,7 @@ class ScratchFolder:
 
     Args:
         prefix: Prefix of the name.
-        parent: Parent folder. If None, the temporary folder of the system.
+        parent: Parent folder. If None, the temporary folder of the system is used.
         suffix: Suffix of the name.
     """
 

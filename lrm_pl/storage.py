@@ -48,15 +48,15 @@ _MAX_DELAY_S = 30.0
 
 
 class StoreError(InputError, OSError):
-    """A request to an object store or web server failed."""
+    """Error raised if a request to an object store or web server fails."""
 
 
 class MissingError(StoreError):
-    """An object is missing or access is denied. The request is not retried."""
+    """Error raised if an object is missing or access is denied. The request is not retried."""
 
 
 class StoreDownError(InputError):
-    """A store does not respond to any request."""
+    """Error raised if a store does not respond to any request."""
 
 
 def open_store(path: str) -> tuple[Any, str]:
@@ -94,7 +94,7 @@ def is_local(path: str) -> bool:
 
 @contextmanager
 def store_errors(path: str) -> Iterator[None]:
-    """Convert exceptions of object store packages to ``StoreError``. OSErrors of local paths are not converted."""
+    """Convert exceptions of object store packages to ``StoreError``. Errors of local paths are not converted."""
     try:
         yield
     except Exception as error:
@@ -120,7 +120,7 @@ def store_errors(path: str) -> Iterator[None]:
 
 
 def is_server_fault(error: Exception) -> bool:
-    """Return whether an exception reports a missing file although the web server failed."""
+    """Return whether an exception reports a missing file although the cause is a failure of the web server."""
     cause = error.__cause__
     return (
         isinstance(error, FileNotFoundError)
