@@ -43,8 +43,8 @@ class ShardDataModule(L.LightningDataModule):
             divisible by the number of processes times ``accumulate_grad_batches``.
         side_views: Number of target views per object in addition to the input views (LRM uses 3).
         unseen_views: Number of views at the end of each object that are used in validation, but not in training.
-        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects
-            are used.
+        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects are
+            used.
         input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
             is drawn from all training views (as in LRM). Small values shorten training on small data sets, because
             the canonical frame depends on the input view.
@@ -57,8 +57,8 @@ class ShardDataModule(L.LightningDataModule):
         max_bad_fraction: Maximum fraction of unreadable or rejected samples, which are replaced by other samples. If it
             is exceeded, training stops. With 1, the fraction is not limited.
         workers: Number of data loading processes. With 0, data is loaded in the training process.
-        seed: Seed of the order of samples and of augmentation. If None, the seed of
-            ``seed_everything`` is used, or 0 if there is none.
+        seed: Seed of the order of samples and of augmentation. If None, the seed of ``seed_everything`` is
+            used, or 0 if there is none.
         streams: Number of streams per epoch. Samples in a batch come from different streams and thus mostly from
             different shards.
     """

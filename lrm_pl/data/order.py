@@ -2,9 +2,9 @@
 
 In each epoch e, the shards of the training split and the samples in each shard are permuted depending on (seed, e). The
 N samples are then divided into S contiguous streams whose lengths differ by at most 1. Position p in the epoch refers
-to element p // S of stream p mod S, and the global position is g = e N + p. Each batch of G
-samples contains the samples at the next G global positions, so a batch can contain samples of two epochs, and no sample
-is dropped. The global position is the complete state of the data.
+to element p // S of stream p mod S, and the global position is g = e N + p. Each batch of G samples
+contains the samples at the next G global positions, so a batch can contain samples of two epochs, and no sample is
+dropped. The global position is the complete state of the data.
 """
 
 import dataclasses

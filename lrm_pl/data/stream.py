@@ -256,8 +256,8 @@ class EvaluationSet(IterableDataset[Item]):
         split: The split.
         inputs: Number of input views, which are the first views of an object.
         views: Target views as a slice of all views of an object.
-        limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects
-            are used.
+        limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects are
+            used.
         rank: Rank of this process.
         world: Number of processes.
     """
