@@ -217,7 +217,7 @@ def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.I
 
 
 def _unsupported(expected: str, found: str) -> ColorSpaceError:
-    return ColorSpaceError(expected, found, remedy="export it as sRGB")
+    return ColorSpaceError(expected, found, remedy="export the image as sRGB")
 
 
 def _coded(primaries: int, transfer: int) -> ColorSpace | None:

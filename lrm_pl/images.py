@@ -99,7 +99,9 @@ def open_image(
     with error_subject(name or (source if isinstance(source, Path) else "the image")):
         content = source if isinstance(source, bytes) else _read_file(source, max_bytes)
         if len(content) > max_bytes:
-            raise ImageTooLargeError(f"at most {max_bytes} bytes", "more", remedy="make it smaller")
+            raise ImageTooLargeError(
+                f"a file of at most {max_bytes} bytes", "a larger file", remedy="reduce the size of the image"
+            )
         try:
             return _decode(content, max_pixels, upright=upright)
         except UnidentifiedImageError as error:
@@ -107,12 +109,12 @@ def open_image(
             raise NotAnImageError(
                 expected=f"an image ({', '.join(FORMATS)})",
                 found=f"{'a TIFF' if is_tiff else f'{len(content)} bytes'} of an unknown format",
-                remedy="convert it to PNG with 8 bits per channel",
+                remedy="convert the image to PNG with 8 bits per channel",
             ) from error
         except InputError:
             raise
         except DECODE_ERRORS as error:
-            raise ImageError(expected="an intact image", found=f"a damaged one: {error}") from error
+            raise ImageError(expected="an intact image", found=f"a damaged image: {error}") from error
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
@@ -134,7 +136,7 @@ def _decode(content: bytes, max_pixels: int, *, upright: bool) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise _too_many_pixels(max_pixels, f"more: {error}") from error
+            raise _too_many_pixels(max_pixels, f"a larger image: {error}") from error
     with image:
         _require_pixels(image.size, max_pixels)
         _prepare(image, content)
@@ -243,13 +245,17 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
     """
     box = object_box(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
     if box is None:
-        raise ImageError("an object in the image", "alpha 0 everywhere", "check its alpha channel")
+        raise ImageError(
+            expected="an object in the image",
+            found="alpha 0 everywhere",
+            remedy="check the alpha channel of the image",
+        )
     left, top, right, bottom = box
     longest = max(right - left, bottom - top)
     if longest < _MIN_SIDE:
         raise ImageError(
             expected=f"an object of at least {_MIN_SIDE} pixels",
-            found=f"{right - left} x {bottom - top}",
+            found=f"{right - left} x {bottom - top} pixels",
             remedy="use a larger image",
         )
     scale = foreground * side / longest
@@ -284,11 +290,13 @@ def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
 
 def _require_pixels(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise _too_many_pixels(max_pixels, f"{size[0]} x {size[1]}")
+        raise _too_many_pixels(max_pixels, f"{size[0]} x {size[1]} pixels")
 
 
 def _too_many_pixels(max_pixels: int, found: str) -> ImageTooLargeError:
-    return ImageTooLargeError(f"at most {max_pixels / 1e6:.0f} megapixels", found, remedy="make it smaller")
+    return ImageTooLargeError(
+        f"an image of at most {max_pixels / 1e6:.0f} megapixels", found, remedy="reduce the size of the image"
+    )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -301,7 +309,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I") or 2 in tags.get(Base.SampleFormat, ()):
         samples = "floats" if image.mode == "F" else "signed or 32-bit integers"
         found = f"{samples}, whose white level is unknown"
-        raise ImageError("8 or 16 bits per channel", found, "export it with 8 bits per channel")
+        raise ImageError("8 or 16 bits per channel", found, "export the image with 8 bits per channel")
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         white = 4095 if tags.get(Base.BitsPerSample) == (12,) else 65535
@@ -325,15 +333,15 @@ def _prepare(image: Image.Image, content: bytes) -> None:
     """
     tags = getattr(image, "tag_v2", {})
     if tags.get(Base.PhotometricInterpretation) == _YCBCR and tags.get(Base.Compression) not in _JPEG_IN_TIFF:
-        raise ImageError("RGB in a TIFF without JPEG compression", "YCbCr", "export it as RGB")
+        raise ImageError("RGB in a TIFF without JPEG compression", "YCbCr", "export the image as RGB")
     if image.format != "PNG" or "transparency" not in image.info:
         return
     bits = content[24]
     if image.mode == "RGB" and bits == 16:  # PIL drops the lower bytes, so several colors become transparent
         raise ImageError(
             expected="8 bits per channel in a PNG with a transparent color (tRNS)",
-            found="16",
-            remedy="export it with an alpha channel",
+            found="16 bits per channel",
+            remedy="export the image with an alpha channel",
         )
     if image.mode == "L" and bits < 8:  # PIL scales the pixels, but not the transparent value
         image.info["transparency"] *= 255 // ((1 << bits) - 1)

@@ -44,5 +44,6 @@ def lock(file: IO[Any], *, wait: bool, posix: bool = False) -> bool:
 @functools.cache
 def _warn_no_locks(folder: str, error: str) -> None:
     logger.warning(
-        "%s: the file system has no locks (%s). Run only one job at a time in this folder", folder, error
+        "%s: the file system does not support locks (%s). Run only one job at a time in this folder",
+        *(folder, error),
     )

@@ -141,7 +141,7 @@ class ImageMetrics(Metric):
             raise NotFiniteError(
                 subject="image metrics",
                 expected="finite predictions",
-                found="NaN or infinity, as from a network that has diverged",
+                found="NaN or infinity, which indicates that the network has diverged",
                 remedy="use an earlier checkpoint, or lower the learning rate",
             )
         _check_ranges(self.lowest, self.highest)
@@ -173,7 +173,7 @@ def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> No
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
                 f"image metrics: expected a {name} with values in [0, 1], but found [{low:g}, {high:g}]. "
-                "Divide 8-bit images by 255, invert a network's normalization, and check for NaN"
+                "Divide 8-bit images by 255, invert the normalization of network inputs, and check for NaN"
             )
 
 

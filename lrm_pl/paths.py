@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrm_pl"
     except RuntimeError as error:  # neither HOME nor an entry in /etc/passwd, as in containers
-        raise InputError("a home folder for the cache", "none", "set another folder: LRM_CACHE=") from error
+        raise InputError("a home folder for the cache", "none", "set LRM_CACHE to another folder") from error
 
 
 def escape_names() -> None:

@@ -71,8 +71,12 @@ def open_store(path: str) -> tuple[Any, str]:
         return url_to_fs(path, use_listings_cache=False, **_options(scheme))
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        remedy = f"run pip install 'lrm_pl[{extra}]'" if extra else f"install the fsspec package for {scheme}"
-        raise InputError(f"the package that reads {scheme}://", error, remedy) from error
+        remedy = (
+            f"run pip install 'lrm_pl[{extra}]'"
+            if extra
+            else f"install the fsspec package for {scheme}:// URLs"
+        )
+        raise InputError(f"an fsspec package for {scheme}:// URLs", error, remedy) from error
     except ValueError as error:
         raise InputError("a folder or a URL such as s3://BUCKET/RUN", f"{path!r}: {error}") from error
 
@@ -106,7 +110,7 @@ def store_errors(path: str) -> Iterator[None]:
         if (unreached := _unreached(error)) is not None:
             raise StoreError(
                 subject=path,
-                expected="a connection to its server",
+                expected="a connection to the server",
                 found=f"no network or an unknown host: {unreached}",
                 remedy="check the network, the proxy (HTTPS_PROXY) and the address",
             ) from error
@@ -198,7 +202,9 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) 
                     found[offset, size] = bytes(answer)
                 else:
                     remedy = "use a server that supports range requests" if len(answer) > size else ""
-                    failure = StoreError(f"{size} bytes at {offset}", len(answer), remedy, url)
+                    failure = StoreError(
+                        f"{size} bytes at offset {offset}", f"{len(answer)} bytes", remedy, url
+                    )
             if failure is not None:
                 raise failure
 

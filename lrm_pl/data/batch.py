@@ -161,9 +161,9 @@ def collate(items: Sequence[Item]) -> PackedBatch:
         if len({tensor.shape for tensor in column}) > 1:
             pairs = zip(column, items, strict=True)
             raise InputError(
-                expected="views of one shape in a batch",
+                expected="views of equal shape in a batch",
                 found=", ".join(f"{tuple(tensor.shape)} of {item.ids[0]!r}" for tensor, item in pairs),
-                remedy="render all objects with the same RES and VIEWS, or use a batch size of 1",
+                remedy="render all objects with the same values of RES and VIEWS, or use a batch size of 1",
             )
     layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]
     size = _offsets(layout)[-1]

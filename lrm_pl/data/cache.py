@@ -51,7 +51,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Validate the ranges of the fields."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
-            raise InputError("gigabytes and ahead of 0 or more and attempts of 1 or more", self)
+            raise InputError("gigabytes and ahead of 0 or more, and attempts of 1 or more", self)
 
     @property
     def path(self) -> Path:
@@ -136,7 +136,9 @@ class ShardCache:
                 digest.update(block)
                 file.write(block)
         if digest.hexdigest() != shard.sha256:
-            raise StoreError(subject=url, expected=f"sha256 {shard.sha256}", found=digest.hexdigest())
+            raise StoreError(
+                subject=url, expected=f"the SHA-256 hash {shard.sha256}", found=digest.hexdigest()
+            )
 
     def _make_room(self, partial: Path, size: int) -> None:
         """Evict the least recently used copies until ``size`` bytes are free, and reserve the space.
@@ -163,7 +165,7 @@ class ShardCache:
                 raise StoreError(
                     subject=self.folder,
                     expected=f"space for a shard of {size} bytes",
-                    found=f"other downloads in all {self._limit} bytes of the cache",
+                    found=f"that other downloads occupy all {self._limit} bytes of the cache",
                     remedy="increase data.cache.gigabytes",
                 )
             time.sleep(0.2)

@@ -97,7 +97,7 @@ class ShardDataModule(L.LightningDataModule):
             if value is not None and value < least:
                 raise InputError(expected=f"a data.{name} of at least {least}", found=value)
         if not 0 <= max_bad_fraction <= 1:
-            raise InputError(expected="a data.max_bad_fraction in [0, 1]", found=max_bad_fraction)
+            raise InputError(expected="a value of data.max_bad_fraction in [0, 1]", found=max_bad_fraction)
         self.max_bad_fraction, self.val_objects = max_bad_fraction, val_objects
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
         self.sets, self.cache = (DataSet(folder, weight), *also), cache
@@ -142,7 +142,7 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError(
                 expected="a trainer.max_steps of at least 1",
                 found=trainer.max_steps,
-                remedy="set --trainer.max_steps: the length of a run is given in steps, not in epochs",
+                remedy="set --trainer.max_steps, because the length of a run is specified in steps, not in epochs",
             )
         return BatchPartition(
             self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
@@ -243,7 +243,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
-                expected="a data module with a trainer, after setup",
+                expected="a data module with a trainer and a completed setup",
                 found="no trainer" if self.trainer is None else "no call of setup",
                 remedy='set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
             )
@@ -255,8 +255,8 @@ class ShardDataModule(L.LightningDataModule):
         for source, manifest, _ in self.mixture.members:
             if (side := manifest.resolution) is not None and side < largest:
                 logger.warning(
-                    "%s: views of %d pixels are enlarged to up to %d (data.crop.high), which blurs the targets. Lower "
-                    "data.crop, or render with RES=%d",
+                    "%s: views of %d pixels are enlarged to up to %d pixels (data.crop.high), which blurs the targets. "
+                    "Lower data.crop.high, or render the views with RES=%d",
                     *(source.location, side, largest, largest),
                 )
 

@@ -51,8 +51,8 @@ def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
     seen = depth != 0
     if not ((depth[seen] >= MIN_DEPTH) & (depth[seen] <= MAX_DEPTH)).all():
         raise SampleError(
-            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0",
-            found=f"{depth[seen].min()} to {depth[seen].max()}",
+            expected=f"depths of 0 or from {MIN_DEPTH} to {MAX_DEPTH}",
+            found=f"depths from {depth[seen].min()} to {depth[seen].max()}",
         )
     return write_pixels(np.rint(depth.astype(np.float64) / MAX_DEPTH * _FULL).astype(np.uint16))
 
@@ -76,8 +76,8 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
     if ((depth > 0) & (depth < MIN_DEPTH - rounding)).any():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0",
-            found=f"{depth[depth > 0].min():.2g}",
+            expected=f"depths of 0 or from {MIN_DEPTH} to {MAX_DEPTH} in {name}",
+            found=f"a depth of {depth[depth > 0].min():.2g}",
         )
     return depth.astype(np.float32)
 
@@ -97,7 +97,7 @@ def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
     length = np.linalg.norm(normals, axis=-1)
     seen = length != 0
     if not (np.abs(length[seen] - 1) < _UNIT_TOLERANCE).all():
-        raise SampleError(expected="normals of length 1, or 0", found=length[seen].min())
+        raise SampleError(expected="normals of length 0 or 1", found=f"a length of {length[seen].min()}")
     pixels = np.rint((normals.astype(np.float64) + 1) / 2 * 255)
     return write_pixels(np.where(seen[..., None], pixels, 0).clip(0, 255).astype(np.uint8))
 
@@ -124,8 +124,8 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
     if wrong.any():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"normals of length 1 in {name}, or 0",
-            found=f"one of {length[wrong][0]:.3g}",
+            expected=f"normals of length 0 or 1 in {name}",
+            found=f"a length of {length[wrong][0]:.3g}",
         )
     length[~seen] = np.inf
     return (normals / length[..., None]).astype(np.float32)
@@ -155,7 +155,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
         found = f"{len(encoded)} bytes: {error}"
     raise SampleError(
         subject=f"sample {key!r}",
-        expected=f"{name} to be a PNG of mode {mode} and at most {MAX_IMAGE_SIDE} pixels a side",
+        expected=f"a PNG of mode {mode} with at most {MAX_IMAGE_SIDE} pixels per side in {name}",
         found=found,
     )
 

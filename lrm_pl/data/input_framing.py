@@ -33,7 +33,7 @@ class InputFraming:
         """Validate the ranges of the fields."""
         _ = self.camera
         if not 0 < self.foreground <= 1 or not 0 <= self.background <= 1:
-            raise InputError(expected="foreground in (0, 1] and background in [0, 1]", found=self)
+            raise InputError(expected="a foreground in (0, 1] and a background in [0, 1]", found=self)
 
     @property
     def camera(self) -> InputCamera:
@@ -56,7 +56,9 @@ class InputFraming:
         if "threshold" in record and record["threshold"] is None:
             numbers["threshold"] = None
         if wrong := [str(name) for name in record if name not in numbers or name not in names]:
-            raise InputError(f"numbers named {', '.join(names)}", ", ".join(wrong), subject=where)
+            raise InputError(
+                f"only numbers in the fields {', '.join(names)}", ", ".join(wrong), subject=where
+            )
         return cls(**numbers)
 
 

@@ -125,7 +125,7 @@ def require_no_folder(out: Path) -> None:
     """
     if os.path.lexists(out):
         raise InputError(
-            f"The folder {out} cannot be created because it exists. Choose another one, or delete it"
+            f"The folder {out} cannot be created because it exists. Choose another folder, or delete this folder"
         )
 
 
@@ -173,8 +173,8 @@ def require_measurable_views(manifest: Manifest, where: str) -> None:
         raise InputError(
             subject=where,
             expected=f"views of at least {LEAST_SIDE} pixels, which LPIPS with AlexNet requires",
-            found=found,
-            remedy="render larger views with RES=",
+            found=f"{found} pixels",
+            remedy="render the views again with a larger value of RES",
         )
 
 
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
         ShardError: The manifest is missing or invalid, or a shard is missing or has an unexpected size.
     """
     path = folder / MANIFEST_NAME
-    remedy = f"run `make render-shards OUT={folder}` (it resumes)"
+    remedy = f"run `make render-shards OUT={folder}`, which resumes rendering"
     if not path.is_file():
         raise ShardError(expected=f"finished shards in {folder}", found=f"no {MANIFEST_NAME}", remedy=remedy)
     manifest = parse_manifest(path.read_bytes(), str(path))
@@ -197,8 +197,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ShardError(
                 subject=folder / shard.name,
                 expected=f"{shard.bytes} bytes",
-                found=f"{size}: it is damaged",
-                remedy=f"delete it and {path}, then {remedy}",
+                found=f"a damaged file of {size} bytes",
+                remedy=f"delete this file and {path}, and {remedy}",
             )
     return manifest
 
@@ -220,14 +220,14 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
                 subject=where,
                 expected=f"schema version {SCHEMA_VERSION}",
                 found=f"{version!r}",
-                remedy="render the shards again with this version, or use the lrm_pl version that wrote them",
+                remedy="render the shards again with this version of lrm_pl, or use the version that wrote the shards",
             )
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
         if repeated := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
-            raise ValueError(f"shard {repeated[0]} twice")
+            raise ValueError(f"two entries for the shard {repeated[0]}")
         for name, kind in (("views", int), ("failures", int), ("render", dict)):
             if type(record[name]) is not kind:
-                raise TypeError(f"{name} {record[name]!r}")
+                raise TypeError(f"the value {record[name]!r} of {name}")
         if not any(shard.samples for shard in shards):
             raise ValueError("no samples")
         return Manifest(shards=shards, **record)
@@ -236,7 +236,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
             subject=where,
-            expected="a manifest of shards",
+            expected="a valid manifest of shards",
             found=error,
             remedy="render the shards again, or copy the whole folder again",
         ) from error
@@ -252,7 +252,7 @@ def read_index(folder: Path, shard: Shard) -> MemberIndex:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ShardError("a member index", error, f"render {shard.name} again", path) from error
+        raise ShardError("a member index", error, f"render the shard {shard.name} again", path) from error
     return parse_index(content, str(path), shard)
 
 
@@ -274,7 +274,7 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
         }
         spans = [span for members in index.values() for span in members.values()]
         if (large := max((size for _, size in spans), default=0)) > MAX_MEMBER_BYTES:
-            raise ValueError(f"a member of {large} bytes, more than {MAX_MEMBER_BYTES}")
+            raise ValueError(f"a member of {large} bytes, which exceeds the maximum of {MAX_MEMBER_BYTES}")
         if len(index) != shard.samples:
             raise ValueError(f"{len(index)} samples instead of {shard.samples}")
         if any(offset < 0 or size < 0 or offset + size > shard.bytes for offset, size in spans):
@@ -282,9 +282,9 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
             subject=where,
-            expected=f"a member index of {shard.name}",
+            expected=f"a valid member index of the shard {shard.name}",
             found=error,
-            remedy=f"render {shard.name} again",
+            remedy=f"render the shard {shard.name} again",
         ) from error
     return index
 
@@ -306,7 +306,9 @@ def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
             file.seek(offset)
             content = file.read(size)
             if len(content) != size:
-                raise SampleError(f"{size} bytes at {offset}", f"{len(content)}: the file is truncated")
+                raise SampleError(
+                    f"{size} bytes at offset {offset}", f"{len(content)} bytes in a truncated file"
+                )
             contents.append(content)
     return contents
 
@@ -331,5 +333,5 @@ def _checked_shard(entry: dict[str, Any]) -> Shard:
         and all(type(number) is int and number >= 0 for number in (shard.samples, shard.bytes))
         and type(shard.rejected) is bool
     ):
-        raise ValueError(f"the shard {entry}")
+        raise ValueError(f"the invalid entry {entry}")
     return shard

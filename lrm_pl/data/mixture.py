@@ -28,7 +28,7 @@ class DataSet:
     def __post_init__(self) -> None:
         """Validate the weight."""
         if self.weight < 1:
-            raise InputError("a weight of at least 1", self, "remove data sets that are not used")
+            raise InputError("a weight of at least 1", self, "remove the data set if it is not used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Mixture:
             if manifest.render.get("normalize") == "cube" and bounds == "sphere":
                 raise InputError(
                     subject=source.location,
-                    expected="sphere-normalized shards for renderer bounds 'sphere'",
-                    found="'cube', with corners outside the unit sphere",
+                    expected="shards normalized to the unit sphere for the renderer bounds 'sphere'",
+                    found="shards normalized to a cube, whose corners are outside the unit sphere",
                     remedy="use --model.renderer.bounds box",
                 )
 
@@ -140,5 +140,5 @@ class Mixture:
                 subject=self.name,
                 expected=f"at least {least} samples in the split 'train' for one optimizer step",
                 found=found,
-                remedy=f"render more objects, or use a smaller batch: --data.batch_size {found}",
+                remedy=f"render more objects, or reduce the batch size with --data.batch_size {found}",
             )

@@ -49,7 +49,7 @@ class PackedIndex:
         ids, offsets, sizes = np.array(members, np.int64).reshape(-1, 3).T
         counts = np.array([len(sample) for sample in index.values()], np.int64)
         if not counts.all():
-            raise ShardError(expected="members of each sample", found="a sample without members")
+            raise ShardError(expected="at least one member in each sample", found="a sample without members")
         # Offset of the first header record of each sample, and cumulative number of members.
         self._ends = np.cumsum(counts)
         first = self._ends - counts
@@ -163,14 +163,14 @@ class ShardReader:
         except OSError as error:
             raise SampleError(str(error)) from error
         tar = {"url": url, "stream": io.BytesIO(b"".join([*records, END_OF_ARCHIVE]))}
-        samples, found = [], "others"
+        samples, found = [], "other content"
         if records and records[0].startswith(prefix):  # otherwise, webdataset may decompress other formats
             try:
                 samples = list(group_by_keys(tar_file_expander([tar])))
             except (tarfile.TarError, ValueError) as error:
                 found = str(error)
         if [sample["__key__"] for sample in samples] != [key]:
-            raise SampleError(expected=f"members of {key!r} at the offsets in the index", found=found)
+            raise SampleError(expected=f"the members of {key!r} at the offsets in the index", found=found)
         return samples[0]
 
     def read(self, location: SampleLocation, views: Sequence[int], extras: Sequence[str] = ()) -> Sample:
@@ -232,7 +232,7 @@ class ShardReader:
         message = message if repr(key) in message else f"sample {key!r}: {message}"
         remedy = "Check this URL"
         if entry.source.local:
-            remedy = "Delete this shard and the manifest, then render again"
+            remedy = "Delete this shard and the manifest, and render the shard again"
         return SampleError(f"{entry.source.location}/{entry.shard.name}: {message}. {remedy}")
 
     def _index(self, shard: int) -> PackedIndex:

@@ -141,7 +141,9 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         SampleError: The sample violates the schema.
     """
     if unknown := sorted(name for name in sample.extras if not EXTRA_PATTERN.fullmatch(name)):
-        raise SampleError(expected=f"extras that match {EXTRA_PATTERN.pattern}", found=unknown)
+        raise SampleError(
+            expected=f"names of optional members that match {EXTRA_PATTERN.pattern}", found=unknown
+        )
     members = {
         INFO_MEMBER: encode_info(sample.info),
         "c2w.npy": encode_array(sample.c2w),
@@ -173,24 +175,28 @@ def decode_sample(key: str, members: Mapping[str, bytes], selected: Sequence[int
     """
     with sample_subject(key):
         if not KEY_PATTERN.fullmatch(key):
-            raise SampleError(expected="a key of letters, digits, '_' and '-'", found=f"{key!r}")
+            raise SampleError(
+                expected="a key that consists of letters, digits, '_' and '-'", found=f"{key!r}"
+            )
         if missing := [name for name in NEEDED_MEMBERS if name not in members]:
-            raise SampleError(expected=f"a member {key}.{missing[0]}", found=sorted(members))
+            raise SampleError(expected=f"the member {key}.{missing[0]}", found=sorted(members))
         info = decode_info(key, members[INFO_MEMBER])
         images: dict[int, bytes] = {}
         for name in sorted(name for name in members if re.match(r"view_\d+\.", name)):
             index = int(name[5:8]) if VIEW_PATTERN.fullmatch(name) else info.views
             if index >= info.views or index in images:
-                raise SampleError(expected=f"{info.views} views, each once", found=f"also {name}")
+                raise SampleError(
+                    expected=f"each of {info.views} views once", found=f"the additional member {name}"
+                )
             images[index] = members[name]
         for index in range(info.views) if selected is None else selected:
             if index not in images:
-                raise SampleError(f"{info.views} views, each once", f"no {view_member(index)}")
+                raise SampleError(f"each of {info.views} views once", f"no {view_member(index)}")
         c2w = decode_array(key, "c2w.npy", members["c2w.npy"], (info.views, 4, 4))
         if (error := rigid_error(c2w)) > RIGID_TOLERANCE:
             raise SampleError(
-                expected=f"rigid poses (deviation at most {RIGID_TOLERANCE})",
-                found=f"{error:.2g}",
+                expected=f"rigid poses with a deviation of at most {RIGID_TOLERANCE}",
+                found=f"a deviation of {error:.2g}",
                 remedy="store camera-to-world poses that consist of a rotation, a translation and the last row 0 0 0 1",
             )
         fxfycxcy = decode_array(key, "fxfycxcy.npy", members["fxfycxcy.npy"], (info.views, 4))
@@ -219,18 +225,22 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
         try:
             with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
                 if image.mode != "RGBA":
-                    raise SampleError("RGBA views", f"mode {image.mode}", "render with alpha")
+                    raise SampleError(
+                        "RGBA views", f"mode {image.mode}", "render the views with an alpha channel"
+                    )
                 _require_small(image.size)
                 return np.array(image, dtype=np.uint8)
         except SampleError:
             raise
         except DECODE_ERRORS as error:
-            raise SampleError("a PNG or WebP view", f"{len(encoded)} bytes: {error}") from error
+            raise SampleError(
+                "a PNG or WebP view", f"{len(encoded)} bytes of invalid data: {error}"
+            ) from error
 
 
 def _require_small(size: tuple[int, int]) -> None:
     if max(size) > MAX_IMAGE_SIDE:
-        raise SampleError(expected=f"views of at most {MAX_IMAGE_SIDE} pixels a side", found=size)
+        raise SampleError(expected=f"views of at most {MAX_IMAGE_SIDE} pixels per side", found=size)
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
@@ -243,7 +253,10 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
         SampleError: The array is not an RGBA image of uint8.
     """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
-        raise SampleError(expected="an RGBA image (H, W, 4) of uint8", found=f"{rgba.shape} of {rgba.dtype}")
+        raise SampleError(
+            expected="a uint8 RGBA image of shape (H, W, 4)",
+            found=f"shape {rgba.shape} and dtype {rgba.dtype}",
+        )
     buffer, image = io.BytesIO(), Image.fromarray(rgba, mode="RGBA")
     if (rgba[..., 3] == 255).all():
         image.save(buffer, format="PNG")
@@ -276,19 +289,22 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
         try:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
-                raise ValueError(f"version {version} of the format")
+                raise ValueError(f"version {version} of the .npy format")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except HEADER_ERRORS as error:
             raise SampleError(expected=f"a numpy array in {key}.{name}", found=error) from error
         # Checked before allocation, because a small header can declare terabytes.
         if found != shape or dtype != np.float32 or fortran:
             raise SampleError(
-                expected=f"{name} of shape {shape} and float32",
-                found=f"{found} and {dtype}{' in Fortran order' if fortran else ''}",
+                expected=f"{name} of shape {shape} and dtype float32",
+                found=f"shape {found} and dtype {dtype}{' in Fortran order' if fortran else ''}",
             )
         content = file.read()
         if len(content) != 4 * math.prod(shape):
-            raise SampleError(expected=f"{4 * math.prod(shape)} bytes in {key}.{name}", found=len(content))
+            raise SampleError(
+                expected=f"{4 * math.prod(shape)} bytes of data in {key}.{name}",
+                found=f"{len(content)} bytes",
+            )
     return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()
 
 
@@ -310,22 +326,22 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
         try:
             record: Any = json.loads(encoded)
         except (ValueError, RecursionError) as error:
-            raise SampleError(expected=f"JSON in {key}.json", found=error) from error
+            raise SampleError(expected=f"valid JSON in {key}.json", found=error) from error
         if not isinstance(record, dict):
             raise SampleError(expected=f"a JSON object in {key}.json", found=type(record).__name__)
         if (version := record.get("schema_version")) != SCHEMA_VERSION:
             raise SampleError(
                 expected=f"schema version {SCHEMA_VERSION}",
                 found=f"{version!r}",
-                remedy="render it again with this version's data_tools, or use the lrm_pl version that wrote it",
+                remedy="render the object again with this version, or use the version of lrm_pl that wrote the sample",
             )
         expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
         record = {"sha256": ""} | record
         wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
         if wrong or set(record) != set(expected):
             raise SampleError(
-                expected=f"the fields {sorted(expected)} with their types",
-                found=f"{sorted(record)}" + (f", with {wrong} wrong or missing" if wrong else ""),
+                expected=f"the fields {sorted(expected)} with valid types",
+                found=f"{sorted(record)}" + (f", where {wrong} are missing or invalid" if wrong else ""),
             )
         if record["id"] != key:
             raise SampleError(expected=f"the id {key!r} in {key}.json", found=f"{record['id']!r}")

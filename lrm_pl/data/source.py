@@ -88,7 +88,7 @@ class ShardSource:
             raise ShardError(
                 expected=f"finished shards at {self.location}",
                 found=f"no {MANIFEST_NAME}: {error}",
-                remedy="copy the whole folder of shards there",
+                remedy="copy the whole folder of shards to this URL",
             ) from error
 
     def index(self, shard: Shard) -> MemberIndex:
@@ -139,7 +139,7 @@ class ShardSource:
             return False
         self._checked.add(shard.name)
         if removed := self._cache.evict_if_corrupt(shard):
-            logger.warning("removed a damaged copy of %s/%s", self.location, shard.name)
+            logger.warning("removed a damaged copy of %s/%s from the cache", self.location, shard.name)
         return removed
 
     def prefetch(self, shard: Shard) -> None:
@@ -164,7 +164,7 @@ class ShardSource:
                 cache.download(shard)
                 self._failed_in_a_row.clear()
             except OSError as error:  # members are read with range requests instead
-                logger.warning("shard not cached: %s", error)
+                logger.warning("a shard could not be cached: %s", error)
                 time.sleep(_RETRY_AFTER_S / 10)
             self._prefetching.discard(shard.name)
 
@@ -187,9 +187,9 @@ class ShardSource:
                 self._failed_in_a_row.add(name)
             if len(self._failed_in_a_row) >= _MAX_FAILURES:
                 raise StoreDownError(
-                    f"{self.location} does not respond: {_MAX_FAILURES} files in a row could not be read. "
-                    f"The last error: {error}. "
-                    "Start the run again when the store is available. It resumes from the last checkpoint"
+                    f"{self.location} does not respond: {_MAX_FAILURES} consecutive files could not be read. "
+                    f"The last error was: {error}. "
+                    "Start the run again when the store is available. The run resumes from the last checkpoint"
                 ) from error
             raise
 

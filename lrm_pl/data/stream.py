@@ -66,7 +66,7 @@ class BatchPartition:
             choices = " or ".join(str(size) for size in (below, below + parts) if size > 0)
             raise InputError(
                 subject="data.batch_size",
-                expected=f"a number divisible by {self.world} processes x {self.accumulate} accumulated batches",
+                expected=f"a number divisible by {self.world} processes times {self.accumulate} accumulated batches",
                 found=self.batch_size,
                 remedy=f"use {choices} objects per optimizer step, or another number of processes",
             )
@@ -187,13 +187,13 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
             self._faults.append(self._fault(location))
         raise SampleError(
             expected="a readable sample",
-            found=f"none among {self.order.total}",
+            found=f"none among {self.order.total} samples",
             remedy=f"the last error was: {self._faults[-1]}",
         )
 
     def _fault(self, location: SampleLocation) -> str:
         """Return the error message of the latest candidate, which is a bad sample."""
-        error = self._error or SampleError("The sample was rejected by a stage of data.stages")
+        error = self._error or SampleError("The sample was rejected by a function in data.stages")
         try:
             return str(self.reader.located(location, error))
         except SampleError as unreadable:  # the index of the shard cannot be read
@@ -326,6 +326,6 @@ class EvaluationSet(IterableDataset[Item]):
             return dataclasses.replace(item, weight=torch.zeros(()))
         raise InputError(
             expected="a readable sample in the split",
-            found=f"none among {len(self.locations)}",
-            remedy="check the shards: `python -m data_tools validate --shards FOLDER`",
+            found=f"none among {len(self.locations)} samples",
+            remedy="check the shards with `python -m data_tools validate --shards FOLDER`",
         )

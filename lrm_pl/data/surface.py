@@ -52,7 +52,9 @@ def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], n
     length = np.linalg.norm(record[:, 3:], axis=1)
     with sample_subject(key):
         if not reach <= _REACH:
-            raise SampleError(f"the points of {SURFACE_MEMBER} within [-1, 1]^3", f"{reach:.3g}")
+            raise SampleError(
+                f"the points of {SURFACE_MEMBER} within [-1, 1]^3", f"a coordinate of magnitude {reach:.3g}"
+            )
         if not (np.abs(length - 1) <= _UNIT_TOLERANCE).all():
             found = f"lengths from {length.min():.3g} to {length.max():.3g}"
             raise SampleError(f"normals of length 1 in {SURFACE_MEMBER}", found)

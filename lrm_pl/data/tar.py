@@ -108,17 +108,22 @@ def scan_tar(path: Path) -> MemberIndex:
             for member in _regular_files(path):
                 sample, _, name = member.name.partition(".")
                 if sample != key and sample in index:
-                    raise ShardError(expected="adjacent members of each sample", found=f"{sample!r} twice")
+                    raise ShardError(
+                        expected="adjacent members of each sample",
+                        found=f"members of {sample!r} in two places",
+                    )
                 members = index.setdefault(sample, {})
                 if name in members or (members and member.offset != end):
                     raise ShardError(
-                        expected=f"each member of {sample!r} once and without gaps",
+                        expected=f"each member of {sample!r} once, without gaps between members",
                         found=f"{member.name!r} at byte {member.offset}",
                     )
                 members[name] = (member.offset_data, member.size)
                 key, end = sample, member.offset_data + padded(member.size)
         except tarfile.TarError as error:
-            raise ShardError(expected="a tar", found=error, remedy="copy or write the shard again") from error
+            raise ShardError(
+                expected="a tar file", found=error, remedy="copy or write the shard again"
+            ) from error
         # ``tarfile`` stops without an error at the first header that it cannot read.
         with open(path, "rb") as file:
             file.seek(end)

@@ -40,9 +40,9 @@ class CropConfig:
     def __post_init__(self) -> None:
         """Validate the sizes and the probability."""
         if not 0 < self.size <= self.low <= self.high:
-            raise InputError(expected="0 < size <= low <= high", found=self)
+            raise InputError(expected="crop settings with 0 < size <= low <= high", found=self)
         if not 0 <= self.foreground <= 1:
-            raise InputError(expected="a crop.foreground in [0, 1]", found=self.foreground)
+            raise InputError(expected="a value of crop.foreground in [0, 1]", found=self.foreground)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Augmentation:
         """Validate the camera noise and the order of the stages."""
         starts = [stage.from_step for stage in self.stages]
         if starts != sorted(set(starts)) or any(start < 1 for start in starts):
-            raise InputError(expected="crop_stages that begin at ascending steps from 1 on", found=starts)
+            raise InputError(
+                expected="crop_stages that begin at strictly ascending steps of at least 1", found=starts
+            )
         if self.camera_noise < 0:
             raise InputError(expected="a camera_noise of 0 or more", found=self.camera_noise)
 
@@ -124,7 +126,9 @@ def choose_views(
         SampleError: There are fewer than ``count`` training views.
     """
     if available < count:
-        raise SampleError(f"at least {count} training views", available, "render more views: VIEWS=")
+        raise SampleError(
+            f"at least {count} training views", available, "render more views with a larger value of VIEWS"
+        )
     first = int(rng.integers(min(input_pool or available, available)))
     others = rng.permutation([view for view in range(available) if view != first])
     return [first, *(int(view) for view in others[: count - 1])]
@@ -225,7 +229,7 @@ def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxc
     """Stack views of equal size."""
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
-        raise SampleError(subject=f"sample {key!r}", expected="views of one size", found=sizes)
+        raise SampleError(subject=f"sample {key!r}", expected="views of equal size", found=sizes)
     pixels = np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
     return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 

@@ -57,8 +57,8 @@ def start_method(workers: int) -> str | None:
     if workers and (found := len(os.fsencode(multiprocessing.util.get_temp_dir()))) > _LONGEST_TEMP_DIR:
         raise InputError(
             expected=f"a temporary folder with a path of at most {_LONGEST_TEMP_DIR} bytes for the sockets of workers",
-            found=f"{found}: {multiprocessing.util.get_temp_dir()}",
-            remedy="set TMPDIR=/tmp, or --data.workers 0",
+            found=f"{found} bytes: {multiprocessing.util.get_temp_dir()}",
+            remedy="set TMPDIR=/tmp or --data.workers 0",
         )
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not workers or (fsspec.asyn.iothread[0] is None and not together):

@@ -49,7 +49,7 @@ def bad_objects(root, layout):
         ("stretched-pose", "expected rigid poses|look at the origin"),
         ("corrupt-image", "expected a PNG or WebP view"),
         ("text-bomb-first", "expected a PNG or WebP view"),
-        ("huge-image", "at most 4096 pixels a side, but found"),
+        ("huge-image", "at most 4096 pixels per side, but found"),
         (
             "missing-image",
             f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}",

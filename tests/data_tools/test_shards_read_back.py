@@ -98,7 +98,7 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
         ("views", "8", "found views '8'"),
         ("failures", None, "found failures None"),
         ("render", [1], r"found render \[1\]"),
-        ("shards", [], "expected a manifest of shards, but found no samples"),
+        ("shards", [], "expected a valid manifest of shards, but found no samples"),
     ],
 )
 def test_a_manifest_of_other_fields_or_of_nothing_is_refused(folder, name, value, message):
@@ -112,7 +112,7 @@ def test_a_manifest_that_lists_a_shard_twice_is_refused(folder):
     record = json.loads((folder / "manifest.json").read_text())
     record["shards"] *= 2
     (folder / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ShardError, match=r"found shard train-000000\.tar twice"):
+    with pytest.raises(ShardError, match=r"found two entries for the shard train-000000\.tar"):
         read_manifest(folder)
 
 
@@ -145,14 +145,14 @@ def test_a_camera_that_is_not_rigid_is_refused(fault):
 
 def test_differing_numbers_of_views_are_refused():
     sample = make_sample()
-    with pytest.raises(SampleError, match=r"expected 3 views, each once, but found no view_002\.webp"):
+    with pytest.raises(SampleError, match=r"expected each of 3 views once, but found no view_002\.webp"):
         encode_sample(dataclasses.replace(sample, views=sample.views[:2]))
     with pytest.raises(SampleError, match=r"expected c2w.npy of shape \(3, 4, 4\)"):
         encode_sample(dataclasses.replace(sample, c2w=sample.c2w[:2]))
     members = encode_sample(sample)
     with pytest.raises(SampleError, match=r"found no view_002\.webp"):
         decode_sample("chair", {name: data for name, data in members.items() if name != "view_002.webp"})
-    with pytest.raises(SampleError, match=r"found also view_003\.webp"):
+    with pytest.raises(SampleError, match=r"found the additional member view_003\.webp"):
         decode_sample("chair", members | {"view_003.webp": sample.views[0]})
 
 
@@ -160,7 +160,9 @@ def test_differing_numbers_of_views_are_refused():
 def test_an_image_that_is_not_rgba_is_refused(mode):
     buffer = io.BytesIO()
     Image.new(mode, (8, 8)).save(buffer, format="PNG")
-    with pytest.raises(SampleError, match=f"expected RGBA views, but found mode {mode}. Render with alpha"):
+    with pytest.raises(
+        SampleError, match=f"expected RGBA views, but found mode {mode}. Render the views with an alpha"
+    ):
         decode_image("chair", buffer.getvalue())
 
 
@@ -238,7 +240,7 @@ def _large_webp_of_parts(**options):
 )
 def test_an_image_is_refused_by_its_size_before_it_is_decoded(content, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
-    with pytest.raises(SampleError, match=r"at most 4096 pixels a side, but found \(8192, 8192\)"):
+    with pytest.raises(SampleError, match=r"at most 4096 pixels per side, but found \(8192, 8192\)"):
         decode_image("chair", content)
 
 
@@ -263,7 +265,9 @@ def test_an_index_with_a_member_larger_than_any_view_is_refused(folder):
     index = json.loads(path.read_bytes())
     index["chair"]["json"][1] = 2**30
     path.write_text(json.dumps(index))
-    with pytest.raises(ShardError, match=r"found a member of 1073741824 bytes, more than 67108864"):
+    with pytest.raises(
+        ShardError, match=r"found a member of 1073741824 bytes, which exceeds the maximum of 67108864"
+    ):
         read_index(folder, read_manifest(folder).shards[0])
 
 

@@ -146,12 +146,12 @@ def _no_view(members, sample):
         (_empty, "expected an object in every view, but found 8 empty views, for example view 0"),
         (_two_sizes, "expected views of one size, but found 16 x 16, 32 x 32"),
         (_opaque, "expected a transparent background, but found 8 views without a transparent pixel"),
-        (_both_formats, "each once, but found also view_005.webp"),
+        (_both_formats, "once, but found the additional member view_005.webp"),
         (_other_surface, "expected points of surface.npy that cover the object"),
         (_broken_measures, "expected finite measures"),
         (_another_size, "expected views of (32, 32) pixels like most objects, but found (16, 16)"),
         (_fewer_views, "expected 8 views as in the manifest, but found 4"),
-        (_no_view, "expected 8 views, each once, but found no view_005.webp"),
+        (_no_view, "expected each of 8 views once, but found no view_005.webp"),
     ],
 )
 def test_an_invalid_sample_is_reported_with_its_shard(folder, capsys, change, message):

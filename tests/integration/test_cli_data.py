@@ -21,10 +21,12 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def test_an_indivisible_batch_size_is_rejected_before_the_first_step(tiny):
     with pytest.raises(
-        SystemExit, match=r"divisible by 3 processes x 1 accumulated batches, but found 2. Use 3 objects"
+        SystemExit, match=r"divisible by 3 processes times 1 accumulated batches, but found 2. Use 3 objects"
     ):
         main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "3"])
-    with pytest.raises(SystemExit, match=r"divisible by 1 processes x 4 accumulated batches, but found 2"):
+    with pytest.raises(
+        SystemExit, match=r"divisible by 1 processes times 4 accumulated batches, but found 2"
+    ):
         main(["fit", *tiny, "--trainer.accumulate_grad_batches", "4"])
 
 
@@ -57,7 +59,9 @@ def test_missing_and_truncated_shards_are_rejected_with_a_remedy(tiny, tmp_path,
     size = tar.stat().st_size
     with open(tar, "r+b") as file:
         file.truncate(size - 1000)
-    with pytest.raises(SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"):
+    with pytest.raises(
+        SystemExit, match=f"expected {size} bytes, but found a damaged file of {size - 1000} bytes"
+    ):
         main(["fit", *tiny, "--data.folder", str(broken)])
     tar.unlink()
     with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, but found none"):

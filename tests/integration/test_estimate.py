@@ -138,7 +138,7 @@ def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
     [
         (
             ["--gpus", "3"],
-            "divisible by 3 processes x 1 accumulated batches, but found 2",
+            "divisible by 3 processes times 1 accumulated batches, but found 2",
         ),
         (
             ["--gpus", "12", "--data.batch_size", "12"],

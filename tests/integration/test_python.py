@@ -320,7 +320,8 @@ def test_missing_trainers_and_missing_modules_are_reported(fit, tmp_path, shards
     data = ShardDataModule(str(shards))
     for make in (data.train_dataloader, data.val_dataloader, data.predict_dataloader, data.state_dict):
         with pytest.raises(
-            InputError, match=r"expected a data module with a trainer, after setup, .* data\.trainer = Tr"
+            InputError,
+            match=r"expected a data module with a trainer and a completed setup, .* data\.trainer = Tr",
         ):
             make()
     module, _, _ = fit(4, CheckpointAndResume(every=4))

@@ -211,7 +211,9 @@ def test_views_smaller_than_the_crops_are_reported_once(shards, tmp_path, caplog
     data.augmentation = Augmentation(CropConfig(16, 32, 16), (CropStage(5, CropConfig(16, 64, 16)),))
     data.train_dataloader()
     data.train_dataloader()
-    assert ["views of 32 pixels are enlarged to up to 64" in one.message for one in caplog.records] == [True]
+    assert [
+        "views of 32 pixels are enlarged to up to 64 pixels" in one.message for one in caplog.records
+    ] == [True]
 
 
 def test_validation_workers_are_reused(shards):

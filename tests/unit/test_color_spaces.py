@@ -312,7 +312,7 @@ def test_white_level_of_a_tiff_depends_on_bits_and_photometric_interpretation():
         (
             raw_tiff(bytes(8), 16, 3),
             NotAnImageError,
-            "an image .*, but found a TIFF of an unknown format. Convert it to PNG with 8 bits",
+            "an image .*, but found a TIFF of an unknown format. Convert the image to PNG with 8 bits",
         ),
         (encoded(plain(mode="YCbCr"), "TIFF"), ImageError, "RGB in a TIFF .*, but found YCbCr"),
     ],

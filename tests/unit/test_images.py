@@ -29,18 +29,18 @@ RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dty
     ("content", "message"),
     [
         (b"", "expected an image .*found 0 bytes of an unknown format"),
-        (b"hello " * 100, "expected an image .*found 600 bytes of an unknown format. Convert it"),
+        (b"hello " * 100, "expected an image .*found 600 bytes of an unknown format. Convert the image"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
             ".*of an unknown format",
         ),  # PIL would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of an unknown format"),
         (encoded(RGB, "GIF"), ".*of an unknown format"),
-        (encoded(RGB)[:200], "expected an intact image, but found a damaged one"),
-        (encoded(RGB, "JPEG")[:300], "expected an intact image, but found a damaged one"),
+        (encoded(RGB)[:200], "expected an intact image, but found a damaged image"),
+        (encoded(RGB, "JPEG")[:300], "expected an intact image, but found a damaged image"),
         (encoded(RGB, "WEBP")[:300], "expected an (intact )?image"),
-        (png(30_000, 30_000), "expected at most 67 megapixels, but found "),
-        (png(20, 20, zlib.compress(b"")), "expected an intact image, but found a damaged one"),
+        (png(30_000, 30_000), "expected an image of at most 67 megapixels, but found "),
+        (png(20, 20, zlib.compress(b"")), "expected an intact image, but found a damaged image"),
     ],
     ids=["empty", "text", "postscript", "svg", "gif", "png cut", "jpeg cut", "webp cut", "bomb", "no pixels"],
 )
@@ -53,9 +53,9 @@ def test_images_above_the_given_limits_raise_an_error(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encoded(RGB))
     assert open_image(path).size == (30, 20)
-    with pytest.raises(ImageError, match=r"a\.png: expected at most 100 bytes"):
+    with pytest.raises(ImageError, match=r"a\.png: expected a file of at most 100 bytes"):
         open_image(path, max_bytes=100)
-    with pytest.raises(ImageError, match="expected at most 0 megapixels, but found 30 x 20"):
+    with pytest.raises(ImageError, match="expected an image of at most 0 megapixels, but found 30 x 20"):
         open_image(path, max_pixels=599)
     with pytest.raises(ImageError, match=r"found no file. Correct the path"):
         open_image(tmp_path / "b.png")
@@ -201,7 +201,7 @@ def test_a_few_opaque_pixels_are_not_an_object():
 
 
 def test_frame_object_rejects_empty_images_and_accepts_faint_objects():
-    with pytest.raises(ImageError, match=r"alpha 0 everywhere. Check its alpha channel"):
+    with pytest.raises(ImageError, match=r"alpha 0 everywhere. Check the alpha channel"):
         frame_object(Image.new("RGBA", (8, 8)), 0.8, 32)
     faint = np.zeros((20, 20, 4), dtype=np.uint8)
     faint[5:15, 5:15, 3] = 60

@@ -118,7 +118,7 @@ def _runs(pid):
 
 def test_a_temporary_folder_with_a_long_path_raises_an_error(monkeypatch):
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/" + "t" * 100)
-    with pytest.raises(InputError, match=r"at most 89 bytes .*, but found 101: .*TMPDIR=/tmp"):
+    with pytest.raises(InputError, match=r"at most 89 bytes .*, but found 101 bytes: .*TMPDIR=/tmp"):
         start_method(1)
     assert start_method(0) is None
 

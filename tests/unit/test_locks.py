@@ -20,7 +20,7 @@ def test_a_file_system_without_locks_is_reported_once(monkeypatch, tmp_path, cap
     monkeypatch.setattr(fcntl, "flock", none)
     with caplog.at_level(logging.WARNING), lock_folder(tmp_path), open(tmp_path / "other", "w") as file:
         assert not lock(file, wait=True)
-    assert caplog.text.count("has no locks") == 1
+    assert caplog.text.count("does not support locks") == 1
 
 
 def test_other_lock_errors_are_raised(monkeypatch, tmp_path):

@@ -301,7 +301,9 @@ def test_an_unavailable_store_stops_the_run(remote, tmp_path):
     for path in (tmp_path / "many").iterdir():
         put(remote, path.name, path.read_bytes())
     remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
-    with pytest.raises(StoreDownError, match=r"4 files in a row could not be read\. .*Start the run again"):
+    with pytest.raises(
+        StoreDownError, match=r"4 consecutive files could not be read\. .*Start the run again"
+    ):
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
 
 
@@ -334,7 +336,7 @@ def test_an_unreachable_server_is_retried_and_reported_as_a_network_error(url, m
             fs.info(inner)
 
     with pytest.raises(
-        StoreError, match=r"expected a connection to its server, but found no network or an unknown host: "
+        StoreError, match=r"expected a connection to the server, but found no network or an unknown host: "
     ) as error:
         retry(request, 2, 0.01)
     assert len(requests) == 2
@@ -354,6 +356,6 @@ def test_an_unreachable_hub_raises_a_single_store_error(root):
         timeout=200,
     )
     assert (
-        "StoreError: hf://datasets/nobody/none/manifest.json: expected a connection to its server"
+        "StoreError: hf://datasets/nobody/none/manifest.json: expected a connection to the server"
         in done.stderr
     )

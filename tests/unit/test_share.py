@@ -53,7 +53,7 @@ def test_positions_equal_hand_computed_values():
 
 def test_an_indivisible_batch_size_raises_an_error_with_the_nearest_valid_sizes():
     with pytest.raises(
-        InputError, match=r"divisible by 8 processes x 2 accumulated .*, but found 24\. Use 16 or 32"
+        InputError, match=r"divisible by 8 processes times 2 accumulated .*, but found 24\. Use 16 or 32"
     ):
         BatchPartition(24, 0, 8, 2)
     with pytest.raises(InputError, match="Use 8 objects"):

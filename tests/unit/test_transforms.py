@@ -147,7 +147,7 @@ def test_the_order_does_not_depend_on_the_number_of_workers(shards, monkeypatch)
 
 def test_collate_rejects_items_of_different_sizes():
     small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 1, [1]) for side in (16, 32))
-    with pytest.raises(ValueError, match=r"one shape in a batch, but found .*16, 16.*32, 32"):
+    with pytest.raises(ValueError, match=r"equal shape in a batch, but found .*16, 16.*32, 32"):
         collate([small, large])
 
 
@@ -198,7 +198,7 @@ def test_crop_stages_begin_at_the_configured_step_after_any_resume(shards):
 
     assert sizes(7, 0, 0) == [8, 8, 8, 16, 16, 32, 32]
     assert sizes(4, 3, 12) == [16, 16, 32, 32], "the position has seen batches of another size"
-    with pytest.raises(ValueError, match=r"ascending steps from 1 on, but found \[5, 3\]"):
+    with pytest.raises(ValueError, match=r"ascending steps of at least 1, but found \[5, 3\]"):
         Augmentation(CropConfig(8, 8, 8), stages[::-1])
 
 
