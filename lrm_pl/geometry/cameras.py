@@ -36,7 +36,8 @@ def look_at(
     right = torch.linalg.cross(forward, up)
     if (right.norm(dim=-1, keepdim=True) <= 1e-6 * distance.clamp_min(1e-12)).any():
         raise ValueError(
-            f"cameras must not be at, directly above or directly below the target {target}: {position.tolist()}"
+            f"expected cameras that are not at, directly above or directly below the target {target}, but found the "
+            f"camera positions {position.tolist()}"
         )
     forward = forward / distance
     right = right / right.norm(dim=-1, keepdim=True)
@@ -66,7 +67,7 @@ def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Te
 
 
 def canonical_pose(distance: float) -> Float[Tensor, "4 4"]:
-    """Return the canonical pose of an input camera, which is at (0, -distance, 0) and looks along +y with +z up."""
+    """Return the canonical pose, with the camera center at (0, -distance, 0), the optical axis along +y, and +z up."""
     return torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -distance], [0, -1, 0, 0], [0, 0, 0, 1]])
 
 

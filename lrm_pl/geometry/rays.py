@@ -16,7 +16,7 @@ Bounds = Literal["sphere", "box"]
 def pixel_rays(
     c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], height: int, width: int
 ) -> tuple[Float[Tensor, "*batch H W 3"], Float[Tensor, "*batch H W 3"]]:
-    """Return the ray through the center of every pixel.
+    """Return the rays through the centers of all pixels.
 
     Args:
         c2w: OpenCV poses.
