@@ -1,4 +1,4 @@
-"""Fused triplane sampling and NeRF MLP along rays, with Triton kernels.
+"""Fused Triton kernels for triplane sampling and evaluation of the NeRF MLP along rays.
 
 The input ``planes`` (3, S, S, C) contains the channels-last planes of one object in bfloat16 or float32, with the first
 layer of the MLP folded in. The weights and biases of the MLP are packed by ``pack``.
@@ -49,7 +49,7 @@ _LAST = 16
 
 
 class PackedMLP(NamedTuple):
-    """Weights of the MLP in the layout of the kernels.
+    """Weights of the MLP in the layout that the kernels require.
 
     Attributes:
         weights: Flat bfloat16 or float32 tensor of L matrices [in, out] of shape (C, C), followed by the last matrix of
@@ -82,7 +82,7 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
     """Pack the weights of the MLP for the kernels.
 
     Args:
-        weights: Bias of the sampled features, then weight [out, in] and bias of each layer.
+        weights: Bias of the sampled features, followed by the weight [out, in] and the bias of each layer.
         dtype: Dtype of the packed matrices.
     """
     first, *hidden, last, last_bias = (w.detach() for w in weights)
@@ -129,7 +129,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def decode_along_rays(
     planes: Float[Tensor, "3 S S C"], samples: RaySamples, mlp: PackedMLP, axes: Axes, act: HiddenActivation
 ) -> Float[Tensor, "N W K 4"]:
-    """Evaluate the field at samples along rays without a graph (see the module docstring).
+    """Evaluate the field at samples along rays without an autograd graph (see the module docstring).
 
     Raises:
         ValueError: The shapes or dtypes are invalid.
@@ -171,7 +171,7 @@ def accumulate_gradient(
     _check(planes, samples, mlp)
     if total.dtype != torch.float32 or not total.is_contiguous():
         raise ValueError(
-            f"expected a contiguous float32 total, but found {total.dtype} of strides {total.stride()}"
+            f"expected a contiguous float32 total, but found {total.dtype} with strides {total.stride()}"
         )
     if triton_unavailable(planes.device) is not None:
         leaves = [x.detach().requires_grad_() for x in (planes, *mlp)]
@@ -189,17 +189,18 @@ def accumulate_gradient(
 def _check(planes: Tensor, samples: RaySamples, mlp: PackedMLP) -> None:
     origins, _, t, alive = samples
     if planes.ndim != 4 or planes.shape[0] != 3 or planes.shape[1] != planes.shape[2]:
-        raise ValueError(f"expected planes (3, S, S, C), but found {tuple(planes.shape)}")
+        raise ValueError(f"expected planes of shape (3, S, S, C), but found {tuple(planes.shape)}")
     if planes.dtype not in (torch.bfloat16, torch.float32) or mlp.weights.dtype != planes.dtype:
         raise ValueError(
-            f"expected planes and weights both bfloat16 or both float32, but found {planes.dtype} and "
-            f"{mlp.weights.dtype}"
+            f"expected planes and weights that are both bfloat16 or both float32, but found {planes.dtype} planes "
+            f"and {mlp.weights.dtype} weights"
         )
     if t.dtype != torch.float32 or origins.dtype != torch.float32:
-        raise ValueError(f"expected float32 rays, but found {origins.dtype} and {t.dtype}")
+        raise ValueError(f"expected float32 origins and t, but found {origins.dtype} and {t.dtype}")
     if t.shape[:2] != origins.shape[:2] or alive.shape != t.shape[:2]:
         raise ValueError(
-            f"expected rays of one shape, but found {tuple(origins.shape)}, {tuple(t.shape)} and {tuple(alive.shape)}"
+            "expected origins (N, W, 3), t (N, W, K) and alive (N, W) of matching shapes, but found "
+            f"{tuple(origins.shape)}, {tuple(t.shape)} and {tuple(alive.shape)}"
         )
 
 
@@ -232,8 +233,8 @@ class Launch:
 def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
     """Choose the largest tile for which the scratch buffer takes less than a quarter of the L2 cache.
 
-    Each multiprocessor runs one program. If no tile is small enough (RTX 30xx, A10, A40, A30, MI300X), the smallest
-    tile is chosen.
+    Each multiprocessor runs one program. If no tile is small enough, as on RTX 30xx, A10, A40, A30 and MI300X, the
+    smallest tile is chosen.
 
     Args:
         planes: Planes of shape (3, S, S, C).
@@ -254,7 +255,7 @@ def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -
 def _launch(
     planes: Tensor, samples: list[Tensor], mlp: list[Tensor]
 ) -> tuple[Launch, list[Tensor], dict[str, object]]:
-    """Return a launch configuration, and the tensors and sizes that both kernels take."""
+    """Return a launch configuration, and the tensors and sizes that both kernels take as arguments."""
     gpu = gpu_properties(planes.device)
     assert gpu is not None, planes.device
     *rays, t, alive = samples

@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _axis(px, py, pz, AXIS: tl.constexpr):
-    """Return the coordinate along an axis."""
+    """Return one of three coordinates, selected by the index of the axis."""
     if AXIS == 0:
         return px
     elif AXIS == 1:
@@ -80,7 +80,7 @@ def _tile(
     tile, origins, directions, t, alive, N, W, K,
     TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    """Return the sample indices of a tile, masks of existing and of alive samples, and the coordinates of samples."""
+    """Return the sample indices of a tile, a mask of existing samples, a mask of samples to evaluate, and positions."""
     m = tl.arange(0, TH * TW * TK)
     slabs, across = tl.cdiv(K, TK), tl.cdiv(W, TW)
     k = (tile % slabs) * TK + m % TK
@@ -116,7 +116,7 @@ def forward(
 ):  # fmt: skip
     """Write raw densities and color logits to ``out`` (N, W, K, 4).
 
-    Samples on rays that are not alive get EMPTY_RAW_DENSITY and zeros.
+    For samples on rays that are not alive, EMPTY_RAW_DENSITY and zeros are written.
     """
     M: tl.constexpr = TH * TW * TK
     c, four = tl.arange(0, C), tl.arange(0, 16)

@@ -1,7 +1,7 @@
-"""Decisions that depend on the device, such as the choice of implementations and calls of ``torch.cuda``.
+"""Decisions that depend on the device, such as the choice of implementations and calls to ``torch.cuda``.
 
-No other file compares devices (``tests/unit/test_device.py``). All choices between a CPU and an accelerator are made
-with ``on_cpu``, so that ``as_accelerator`` can run the branches for accelerators on CPU tensors.
+No other file compares devices, as ``tests/unit/test_device.py`` verifies. All choices between a CPU and an
+accelerator are made with ``on_cpu``, so that ``as_accelerator`` can run the branches for accelerators on CPU tensors.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class GpuProperties(NamedTuple):
 
     Attributes:
         capability: Compute capability.
-        multiprocessors: Number of streaming multiprocessors (compute units).
+        multiprocessors: Number of streaming multiprocessors (compute units on AMD GPUs).
         l2: Size of the L2 cache in bytes.
     """
 
@@ -57,9 +57,10 @@ _INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
 
 @contextlib.contextmanager
 def as_accelerator(gpu: GpuProperties | None = None) -> Iterator[None]:
-    """Return a context that uses the branches for accelerators on real or fake CPU tensors in the whole process.
+    """Return a context manager that uses the branches for accelerators on CPU tensors in the whole process.
 
-    The context is used to estimate the cost of a GPU step, and to test these branches.
+    The tensors may be real or fake. The context manager is used to estimate the cost of a GPU step, and to test these
+    branches.
 
     Args:
         gpu: GPU that fake tensors represent. Triton kernels are chosen as on this GPU. If None, only kernels that can
@@ -98,7 +99,8 @@ def points_per_chunk(device: torch.device) -> int:
 def pixels_per_group(device: torch.device) -> int:
     """Return the number of pixels that LPIPS processes at a time.
 
-    This is one image of 384 x 384 pixels on a CPU, whose activations take 0.25 GB, and eight such images on a GPU.
+    On a CPU, this is one image of 384 x 384 pixels, for which the activations take 0.25 GB. On a GPU, this is eight
+    such images.
     """
     return 384 * 384 * (1 if on_cpu(device) else 8)
 
@@ -118,10 +120,10 @@ def record_event(device: torch.device) -> torch.cuda.Event:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Return a context that disables TF32 for convolutions and matrix products in the whole process.
+    """Return a context manager that disables TF32 for convolutions and matrix products in the whole process.
 
-    On GPUs of compute capability 8.0 and higher, PyTorch by default lets cuDNN round the factors of float32
-    convolutions to the 10 bits of mantissa of TF32.
+    On GPUs of compute capability 8.0 and higher, PyTorch by default lets cuDNN round the inputs of float32
+    convolutions to the 10-bit mantissa of TF32.
     """
     # Lightning and torch.compile read these settings, which raises an error if conv.fp32_precision has been set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -156,7 +158,7 @@ def _streams(device: torch.device) -> Any:  # noqa: ANN401 - a module
 class HostCopy:
     """Asynchronous copy of a tensor to the host.
 
-    Only ``numbers`` waits for the device.
+    Only the method ``numbers`` waits for the device.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -166,7 +168,7 @@ class HostCopy:
         self._copied.record(module.current_stream(tensor.device))
 
     def numbers(self) -> list[float]:
-        """Wait for the copy and return its elements."""
+        """Wait until the copy is complete, and return the elements of the tensor."""
         self._copied.synchronize()
         return self._buffer.tolist()
 
@@ -191,11 +193,11 @@ class CopyStream:
             self._copied.record(self._stream)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """Queue a copy of ``source`` to ``into``."""
+        """Queue a copy of ``source`` into the tensor ``into``."""
         into.copy_(source, non_blocking=self._module is not torch.cpu)
 
     def block_current(self) -> None:
-        """Make future work of the current stream wait for the copies, without blocking the host."""
+        """Make future work on the current stream wait for the copies, without blocking the host."""
         self._copied.wait(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
@@ -225,7 +227,7 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def log_once(message: str, reason: str) -> None:
-    """Log a message with a reason, once per process."""
+    """Log a message that contains a reason, once per process."""
     logger.info(message, reason)
 
 
@@ -259,9 +261,9 @@ def gpu_properties(device: torch.device) -> GpuProperties | None:
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a CUDA device is current, as launches of Triton kernels require.
+    """Return a context manager that makes a CUDA device current, as launches of Triton kernels require.
 
-    On other devices, the context does nothing.
+    On other devices, the context manager does nothing.
     """
     return torch.cuda.device(device) if on_cuda(device) else contextlib.nullcontext()
 
@@ -272,7 +274,7 @@ def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
 
 
 def peak_device_memory(device: torch.device) -> int | None:
-    """Return the peak GPU memory of the tensors of this process in bytes, or None if the device is not a GPU."""
+    """Return the peak GPU memory occupied by tensors of this process in bytes, or None if the device is not a GPU."""
     return torch.cuda.max_memory_allocated(device) if on_cuda(device) else None
 
 

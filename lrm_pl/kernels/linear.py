@@ -1,7 +1,7 @@
 """Fused linear layer and activation for inference on a CPU.
 
 The operation computes act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I) and ``bias`` (O), where the activation is ReLU
-or SiLU. The fused operator belongs to oneDNN, and ``torch.compile`` also uses it on a CPU. It applies the activation in
+or SiLU. The fused operator is part of oneDNN, and ``torch.compile`` also uses it on a CPU. It applies the activation in
 registers, has no gradient, and agrees with ``linear_plain`` up to bf16 rounding.
 """
 
@@ -33,7 +33,7 @@ def activation(x: Tensor, act: HiddenActivation) -> Tensor:
 def linear_plain(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute a linear layer and its activation with PyTorch operators, which have gradients."""
+    """Compute a linear layer and its activation with differentiable PyTorch operators."""
     return activation(F.linear(x, weight, bias), act)
 
 

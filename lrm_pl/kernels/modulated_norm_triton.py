@@ -1,4 +1,4 @@
-"""Triton kernels of ``modulated_norm``, which read each row once in forward and once in backward."""
+"""Triton kernels of ``modulated_norm``, which read each row once in the forward pass and once in the backward pass."""
 
 import triton
 import triton.language as tl

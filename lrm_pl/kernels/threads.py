@@ -10,10 +10,10 @@ import torch
 def run_threads(count: int, work: Callable[[int], None]) -> None:
     """Call ``work(0)`` to ``work(count - 1)`` in separate threads, without gradients.
 
-    If the count is 1, the calling thread does the work. The inference mode is thread-local, so each thread sets the
-    mode of the caller. ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set last.
-    The value of the caller is therefore restored before the work starts, so that threads that are started elsewhere
-    inherit it.
+    If the count is 1, ``work`` is called in the calling thread. The inference mode is thread-local, so each thread sets
+    the mode of the caller. ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set
+    last. The value of the caller is therefore restored before the work starts, so that threads that are started
+    elsewhere inherit it.
 
     Args:
         count: Number of threads.

@@ -30,7 +30,7 @@ Axes = tuple[tuple[int, int], ...]
 def triplane_sample_plain(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample with ``grid_sample``, as the reference implementation."""
+    """Sample planes with ``grid_sample``. This is the reference implementation."""
     features = F.grid_sample(
         planes.permute(0, 3, 1, 2),
         _plane_coordinates(points, axes).transpose(0, 1).unsqueeze(2),
@@ -56,7 +56,7 @@ def _neighbors(
 ) -> tuple[Int[Tensor, "Q P 4"], Float[Tensor, "Q P 4"]]:
     """Return the four texels around each point in each plane, and their bilinear weights.
 
-    Texels are row indices of the planes in the shape (P S S, C). Texels outside a plane have weight 0.
+    Texels are given as row indices into the planes after reshaping to (P S S, C). Texels outside a plane have weight 0.
     """
     # Positions in texels are clamped to one texel beyond the border to avoid integer overflow.
     positions = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)
@@ -82,9 +82,9 @@ def triplane_sample(
         ValueError: The shapes or dtypes are invalid.
     """
     if planes.ndim != 4 or planes.shape[1] != planes.shape[2] or planes.shape[0] != len(axes):
-        raise ValueError(f"expected planes ({len(axes)}, S, S, C), but found {tuple(planes.shape)}")
+        raise ValueError(f"expected planes of shape ({len(axes)}, S, S, C), but found {tuple(planes.shape)}")
     if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"expected points (Q, 3), but found {tuple(points.shape)}")
+        raise ValueError(f"expected points of shape (Q, 3), but found {tuple(points.shape)}")
     if planes.dtype != torch.float32 or points.dtype != torch.float32:
         raise ValueError(f"expected float32 planes and points, but found {planes.dtype} and {points.dtype}")
     flat = [axis for pair in axes for axis in pair]

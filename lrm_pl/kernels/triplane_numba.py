@@ -1,4 +1,4 @@
-"""CPU implementation of triplane sampling by numba loops over points.
+"""CPU implementation of triplane sampling with loops over points, compiled with numba.
 
 Planes are stored channels last. The forward and backward passes are about ten times as fast as ``grid_sample`` on two
 cores.

@@ -39,7 +39,7 @@ def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W
 def over_white_plain(
     rgba: UInt8[Tensor, "*B H W 4"],
 ) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
-    """Compute ``over_white`` with PyTorch operators, as the reference implementation."""
+    """Compute ``over_white`` with PyTorch operators. This is the reference implementation."""
     # The divisor is a tensor because CUDA would multiply by the rounded reciprocal of a Python scalar.
     view = rgba.movedim(-1, -3).contiguous().float() / torch.full((), 255.0, device=rgba.device)
     colors, alpha = view[..., :3, :, :], view[..., 3:, :, :]
@@ -69,7 +69,7 @@ def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Flo
 def resized_window_plain(
     rgba: RGBA, side: int, top: int, left: int, size: int
 ) -> Float[Tensor, "4 size size"]:
-    """Compute ``resized_window`` with PyTorch operators, as the reference implementation."""
+    """Compute ``resized_window`` with PyTorch operators. This is the reference implementation."""
     return resize(premultiplied(rgba), side)[:, top : top + size, left : left + size]
 
 

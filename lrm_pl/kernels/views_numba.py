@@ -86,10 +86,10 @@ def resized_window(
 def _taps(
     size: int, resized: int, start: int, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the first source pixel and the filter weights of ``count`` resized pixels, beginning with ``start``.
+    """Return the first source pixel and the filter weights of the ``count`` resized pixels from index ``start``.
 
     The filter is a triangle with a support of two resized pixels, or two source pixels if source pixels are larger.
-    Arithmetic is in float32, as in PyTorch.
+    The computation uses float32, as in PyTorch.
     """
     half, one = np.float32(0.5), np.float32(1)
     scale = np.float32(size) / np.float32(resized)

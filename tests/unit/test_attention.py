@@ -87,7 +87,7 @@ def test_no_scores_are_saved_for_backward():
 def test_different_dtypes_are_an_error():
     q, k, v = qkv()
     with pytest.raises(
-        ValueError, match=r"of one dtype on the CPU, but found torch\.float32 on cpu, torch\.bfloat16"
+        ValueError, match=r"of the same dtype on the CPU, but found torch\.float32 on cpu, torch\.bfloat16"
     ):
         attention_in_blocks(q, k.bfloat16(), v)
 

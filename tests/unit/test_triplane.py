@@ -100,7 +100,9 @@ def test_samples_of_distant_points_are_zero():
 
 
 def test_the_error_for_invalid_planes_contains_both_shapes():
-    with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), but found \(2, 4, 4, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"expected planes of shape \(3, S, S, C\), but found \(2, 4, 4, 1\)"
+    ):
         triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), AXES, "sum")
 
 
