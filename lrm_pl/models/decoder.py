@@ -120,7 +120,7 @@ class NeRFDecoder(nn.Module):
         return torch.sigmoid(logits) * (1 + 2 * self.color_margin) - self.color_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Map raw densities to densities per unit of length, which is a setting of the renderer."""
+        """Map raw densities to densities per unit of length. The unit is a setting of the renderer."""
         raw = raw + self.density_bias
         # The clamp prevents overflow of the gradient of exp. Samples of density e^11 are opaque.
         return F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()

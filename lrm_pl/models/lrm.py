@@ -67,7 +67,7 @@ class LRM(nn.Module):
         super().__init__()
         if input_views < 1 or (input_views > 1 and camera is None):
             raise InputError(
-                expected="1 input view, or several with camera conditioning",
+                expected="1 input view, or several input views with camera conditioning",
                 found=f"input_views={input_views} and camera={camera}",
                 remedy="add --model.lrm.camera 20",
             )

@@ -74,7 +74,7 @@ class ModLN(nn.Module):
 class GEGLU(nn.Module):
     """Gated linear unit with GELU (Shazeer 2020).
 
-    The output is a GELU(b), where (a, b) = Linear(x).
+    The output is a * GELU(b), where (a, b) = Linear(x).
 
     Args:
         dim: Width of the input.
@@ -175,7 +175,7 @@ class TriplaneTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if design == "triposr" and dim % 32:
-            raise InputError(expected="a width divisible by 32 with blocks 'triposr'", found=dim)
+            raise InputError(expected="a width divisible by 32 if blocks is 'triposr'", found=dim)
         self.design = design
         self.tokens = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
         self.blocks = nn.ModuleList(

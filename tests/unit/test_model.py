@@ -179,7 +179,7 @@ def test_all_input_views_and_their_cameras_change_the_planes():
             )
             value[:, view] += 0.5
             assert (planes_of(model, 3, **{name: value}) - plain).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="expected 1 input view, or several with camera conditioning"):
+    with pytest.raises(ValueError, match="expected 1 input view, or several input views with camera"):
         tiny_lrm(input_views=2, camera=None)
 
 
