@@ -1,8 +1,9 @@
 """Deferred back-propagation, which renders in a single autograd operation (ARF, Zhang et al. 2022, section 4.2).
 
-The forward pass renders chunks of rays without a graph. The backward pass renders each chunk again with a graph of this
-chunk only, and accumulates the gradient of the planes in place. Memory is therefore independent of the number of rays,
-chunks fit in the cache, and DDP, FSDP2, DeepSpeed and gradient accumulation need no special handling.
+The forward pass renders chunks of rays without an autograd graph. The backward pass renders each chunk again with a
+graph of this chunk only, and accumulates the gradient of the planes in place. The memory usage is therefore independent
+of the number of rays, chunks fit in the cache, and DDP, FSDP2, DeepSpeed and gradient accumulation need no special
+handling.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def render_deferred(field: Field, rays: "Rays", march: RayMarching) -> Rendering
 
 
 def render_plain(field: Field, rays: RayBundle, march: RayMarching) -> Rendering:
-    """Render with one ordinary autograd graph, as the reference implementation of ``render_deferred``."""
+    """Render with one ordinary autograd graph. This is the reference implementation of ``render_deferred``."""
     near, far = rays.near, rays.far
     objects = []
     for index in range(len(near)):
@@ -80,7 +81,7 @@ class Rays:
     def _split(self, rays: Tensor, max_rays: int) -> tuple[Tensor, ...]:
         """Split ray indices into equal chunks of at most ``max_rays`` rays.
 
-        Each thread gets the same number of chunks.
+        Each thread processes the same number of chunks.
         """
         rounds = math.ceil(len(rays) / (max_rays * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
@@ -163,9 +164,9 @@ class _PlaneGradients:
         return self._partials[index][thread]
 
     def finish(self, thread: int, index: int) -> None:
-        """Record that a thread has finished an object.
+        """Record that a thread has processed all chunks of an object.
 
-        When the last thread has finished, the buffers of the object are summed and freed.
+        After the last thread, the buffers of the object are summed and freed.
         """
         with self._lock:
             self._finished[index] += 1
@@ -239,10 +240,10 @@ class _Deferred(torch.autograd.Function):
 
 
 def autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """Return a function that creates contexts with the current autocast state.
+    """Return a function that creates context managers for the current autocast state.
 
-    The contexts restore the state in the backward pass and in other threads. They do not cache converted weights,
-    because all threads share one cache, and the order in which gradients are added would depend on the timing.
+    The context managers restore the state in the backward pass and in other threads. They do not cache converted
+    weights because all threads share one cache, and the order in which gradients are added would depend on the timing.
     """
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     if not enabled:

@@ -3,7 +3,7 @@
 LRM extracts meshes from grids of 384^3 points. The surface crosses only a few cells of the grid, so the field is first
 evaluated at every fourth point along each axis, and then at all points of the coarse cells that the surface may cross.
 A coarse cell is refined if the cell or a neighbor has both a corner below the threshold and a corner above 1% of the
-threshold. Features that are thinner than four points and have a sharp density falloff may be missed. If no cell
+threshold. Features that are thinner than four grid spacings and have a sharp density falloff may be missed. If no cell
 qualifies, the whole grid is evaluated.
 """
 
@@ -36,8 +36,8 @@ def density_grid(
         field: Fields of B objects.
         index: Index of the object.
         resolution: Number of points along each axis.
-        threshold: Density of the surface of interest. Points far from the surface get the density of a nearby point.
-            If None, every point is evaluated.
+        threshold: Density of the surface of interest. Points far from the surface are assigned the density of a nearby
+            point. If None, every point is evaluated.
 
     Returns:
         Densities at points from -1 to 1 inclusive along each axis.
@@ -82,7 +82,7 @@ def _grid_points(axis: Float[Tensor, " n"]) -> Float[Tensor, "Q 3"]:
 
 
 def _crossed_cells(corners: Float[Tensor, "X Y Z"], threshold: float) -> Bool[Tensor, "x y z"]:
-    """Return the cells that the surface may cross, dilated by one cell."""
+    """Return a mask of the cells that the surface may cross, dilated by one cell."""
     below = (corners <= threshold).float()[None, None]
     above = (corners > _HINT * threshold).float()[None, None]
     crossed = F.max_pool3d(below, 2, 1) * F.max_pool3d(above, 2, 1)
@@ -92,7 +92,7 @@ def _crossed_cells(corners: Float[Tensor, "X Y Z"], threshold: float) -> Bool[Te
 def _upsample(cells: Tensor, resolution: int) -> Tensor:
     """Assign to each grid point the value of its coarse cell.
 
-    Points beyond the last cell get the value of the last cell.
+    Points beyond the last cell are assigned the value of the last cell.
     """
     index = torch.arange(resolution, device=cells.device) // _STRIDE
     for axis in range(3):

@@ -132,7 +132,7 @@ def _march_in_segments(
     decode: Decode,
     activate: Callable[[Tensor], Tensor],
 ) -> Rendering:
-    """March front to back in segments, and evaluate only rays that are not terminated.
+    """March along rays from front to back in segments, and evaluate only rays that are not terminated.
 
     On a CPU, terminated rays are removed. On an accelerator, their points are masked because removing rays would
     synchronize with the device.

@@ -58,7 +58,7 @@ class FusableField(Field, Protocol):
 def is_fused(field: Field, device: torch.device) -> TypeGuard[FusableField]:
     """Return whether a field is rendered by the fused decoder.
 
-    If an accelerator does not use the fused decoder, the reason is logged once.
+    If the fused decoder is not used on an accelerator, the reason is logged once.
     """
     if on_cpu(device):
         return False
@@ -95,7 +95,8 @@ class PixelGrid(NamedTuple):
         rows: Number N of pixel rows of all views.
         columns: Number W of pixel columns.
         samples: Number of samples per ray.
-        chunk: Maximum number of points decoded at a time, but at least 4 rows of pixels. If None, 2^21 points.
+        chunk: Maximum number of points decoded at a time. If None, the maximum is 2^21. A chunk contains at least 4
+            rows of pixels.
     """
 
     rows: int
@@ -140,7 +141,7 @@ class PixelRays:
         evaluate: Evaluate,
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """March along the rays in pixel rows of an object.
+        """March along the rays through a range of pixel rows of an object.
 
         Args:
             march: Ray marching settings.
@@ -154,7 +155,7 @@ class PixelRays:
         return march_rays(march, near.flatten(), far, jitter, evaluate, activate).view(near.shape)
 
     def samples(self, index: int, rows: slice, t: Tensor) -> RaySamples:
-        """Return samples at distances ``t`` along the rays in pixel rows of an object."""
+        """Return samples at distances ``t`` along the rays through a range of pixel rows of an object."""
         origins, directions, alive = (x[index, rows] for x in (self.origins, self.directions, self.alive))
         return RaySamples(origins, directions, t.view(*alive.shape, -1), alive)
 

@@ -24,7 +24,7 @@ class Rendering:
 
     @classmethod
     def zeros(cls, shape: Sequence[int], like: Tensor) -> "Rendering":
-        """Return empty pixels of shape (*shape) with the device and dtype of a tensor."""
+        """Return empty pixels of shape (*shape) with the same device and dtype as a tensor."""
         return cls(*(like.new_zeros(size) for size in ((*shape, 3), shape, shape)))
 
     def __setitem__(self, index: Any, pixels: "Rendering") -> None:  # noqa: ANN401 - an index of a tensor

@@ -1,4 +1,4 @@
-"""Ray marching with sample placement, quadrature intervals and compositing.
+"""Ray marching, which consists of sample placement, quadrature and compositing.
 
 All functions are pure and compute in float32.
 """

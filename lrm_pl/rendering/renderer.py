@@ -29,8 +29,8 @@ class Renderer(nn.Module):
             cube-normalized data.
         quadrature: Quadrature rule with one interval per sample, or per pair of neighboring samples (OpenLRM).
         unit: Unit of length for densities: the scene unit, or the length of the ray inside the bounds (TripoSR).
-        chunk: Maximum number of points decoded at a time, which does not affect the result. If None, 32768 points on a
-            CPU, 262144 on an accelerator, and 2^21 (or 4 rows of pixels, if larger) with the fused decoder.
+        chunk: Maximum number of points decoded at a time, which does not affect the result. If None, the maximum is
+            32768 on a CPU, 262144 on an accelerator, and 2^21 (or 4 rows of pixels, if larger) with the fused decoder.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Renderer(nn.Module):
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
-            raise InputError(expected="a positive chunk", found=chunk)
+            raise InputError(expected="a chunk of at least 1 point", found=chunk)
         self.march = RayMarching(samples_per_ray, importance_samples, quadrature, unit)
         self.bounds, self.chunk = bounds, chunk
         #: Functions that divide rays into chunks, which the simulation of a step replaces.
