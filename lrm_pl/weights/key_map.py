@@ -39,7 +39,7 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
     """Read tensors by name from a file, without executing code that the file contains.
 
     Args:
-        path: Path of a .safetensors file, or of a .pth, .pt, .ckpt or .bin file that ``torch.save`` wrote.
+        path: Path of a .safetensors file, or of a .pth, .pt, .ckpt or .bin file saved with ``torch.save``.
         name: Name of the weights, for messages.
 
     Raises:
@@ -63,14 +63,14 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
         reason = re.split(r"(?<=[.!?]) |\n", str(error).strip(), maxsplit=1)[0]
         raise WeightsError(
             subject=name,
-            expected=f"tensors by name in {path}",
+            expected=f"a mapping of names to tensors in {path}",
             found=f"an unreadable file ({type(error).__name__}: {reason})",
             remedy="download the file again; code in the file was not executed",
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
             subject=name,
-            expected=f"tensors by name in {path}",
+            expected=f"a mapping of names to tensors in {path}",
             found=type(content).__name__,
             remedy="save the state_dict() of the network",
         )
@@ -153,8 +153,8 @@ class KeyMapper:
             ):
                 raise ConversionError(
                     subject=source,
-                    expected="floating-point tensors by name",
-                    found=f"{key!r}: {type(value).__name__}",
+                    expected="a mapping of names to dense floating-point tensors",
+                    found=f"the key {key!r} with a value of type {type(value).__name__}",
                     remedy="save the state_dict() of the network",
                 )
 
@@ -173,7 +173,7 @@ class KeyMapper:
                 subject=self.source,
                 expected=f"the key {key!r}",
                 found=", ".join(map(repr, list(self.state)[:5])) or "no keys",
-                remedy="check that the file is of this network, and that the weights are not inside another dict",
+                remedy="check that the file contains weights of this network that are not inside another dict",
             )
         shape = tuple(self.state[key].shape)
         if len(shape) != dimensions:

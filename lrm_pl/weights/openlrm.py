@@ -93,7 +93,7 @@ def convert_openlrm(
         raise ConversionError(
             subject=keys.source,
             expected="the widths of a published model",
-            found=f"{encoder_dim} and {dim}",
+            found=f"an encoder width of {encoder_dim} and a transformer width of {dim}",
             remedy="set --image-size and --samples-per-ray",
         )
     encoder = {

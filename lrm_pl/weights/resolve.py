@@ -134,7 +134,7 @@ def find(
             subject=name,
             expected=f"a source among {providers}",
             found=f"{source!r}",
-            remedy="use one of them, or specify a file",
+            remedy="use one of these sources, or specify a file",
         )
     return next((found for file in files if (found := _find_cached(name, file)) is not None), None)
 
@@ -159,7 +159,7 @@ def resolve(
         lock_file = open(folder / f".{name}.lock", "w")
     except OSError as error:
         raise WeightsError(
-            f"{name} cannot be downloaded into {folder}: {error}. Set a writable folder: LRM_CACHE="
+            f"{name} cannot be downloaded into {folder}: {error}. Set LRM_CACHE to a writable folder"
         ) from error
     with lock_file:
         lock(lock_file, wait=True)
@@ -229,7 +229,7 @@ def _download_url(file: WeightFile, path: Path) -> None:
     ):
         while chunk := reader.read(_CHUNK_BYTES):
             if output.tell() + len(chunk) > file.size:
-                raise DownloadError(f"expected {file.size} bytes, but found more")
+                raise DownloadError(f"expected {file.size} bytes, but the download is larger")
             output.write(chunk)
 
 
@@ -255,7 +255,7 @@ def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> Resol
     found = verify_hash(path, expected, name, remedy)
     file = next((file for file in files if file.sha256 == found), None)
     resolved = ResolvedWeights(name, path, found, file, "path")
-    logger.info("%s: %s, from %s", name, resolved.description, path)
+    logger.info("%s: using %s from %s", name, resolved.description, path)
     return resolved
 
 
@@ -269,7 +269,7 @@ def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
     if not path.is_file():
         return None
     found = verify_hash(path, [file.sha256], f"{name}: damaged file in the cache", "delete it and run again")
-    logger.info("%s: %s, from the cache, %s", name, file.description, path)
+    logger.info("%s: using %s from the cache file %s", name, file.description, path)
     return ResolvedWeights(name, path, found, file, "cache")
 
 
@@ -292,7 +292,7 @@ def _download_failure(
     lines += [f"  - {failure}" for failure in failures]
     lines += [
         "Do one of the following:",
-        f"  1. Give the path of the file: {_options(name)[0]} FILE",
+        f"  1. Set the path of the file: {_options(name)[0]} FILE",
         "  2. Copy the file into the cache: " + "\n     or ".join(paths),
         "  3. Connect to the network, or configure pip's index (`pip config list`), and run again.",
     ]

@@ -365,7 +365,7 @@ def test_missing_weights_of_inception_and_clip_are_rejected_with_a_remedy(
 
     monkeypatch.setattr("lrm_pl.weights.resolve.download", fail)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"(?s)were not found .*Give the path of the file: --inception FILE"):
+    with pytest.raises(ValueError, match=r"(?s)were not found .*Set the path of the file: --inception FILE"):
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
     with pytest.raises(

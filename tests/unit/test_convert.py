@@ -79,7 +79,7 @@ def test_missing_unexpected_and_invalid_tensors_are_errors_and_nothing_is_writte
 
 @pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
 def test_weights_of_a_different_architecture_are_rejected(source, other):
-    with pytest.raises(ConversionError, match="Check that the file is of this network"):
+    with pytest.raises(ConversionError, match="Check that the file contains weights of this network"):
         NETWORKS[source][1](state(other), NUMBERS)
 
 

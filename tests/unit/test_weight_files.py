@@ -207,7 +207,7 @@ def test_an_encoder_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     )
     with pytest.raises(
         WeightsError,
-        match=r"from the hub's timm/vit_base_patch16_dinov3.*, but found no connection.*hf download",
+        match=r"weights from timm/vit_base_patch16_dinov3.* on the Hugging Face Hub, but found no conn.*hf download",
     ):
         load_encoder_from_hub("vit_base_patch16_dinov3")
     with pytest.raises(

