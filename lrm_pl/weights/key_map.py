@@ -153,7 +153,7 @@ class KeyMapper:
             ):
                 raise ConversionError(
                     subject=source,
-                    expected="a mapping of names to dense floating-point tensors",
+                    expected="floating-point tensors in dense layout",
                     found=f"the key {key!r} with a value of type {type(value).__name__}",
                     remedy="save the state_dict() of the network",
                 )
