@@ -1,4 +1,7 @@
-"""Safe extraction of untrusted zip files. The unpacked size is limited, and paths outside the folder are rejected."""
+"""Safe extraction of untrusted zip files.
+
+The unpacked size is limited, and paths outside the destination folder are rejected.
+"""
 
 import errno
 import lzma

@@ -1,7 +1,7 @@
 """The asset list ``assets.parquet``, which contains the meshes to render and their metadata.
 
 ``python -m data_tools fetch`` writes the list, and ``render`` reads it. The columns are the fields of ``Asset``. A mesh
-is identified by a path in the assets folder or by a URL, from which the renderer downloads it.
+is identified by a path in the assets folder or by a URL, from which the renderer downloads the mesh.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class AssetsError(InputError):
 
 
 class AssetError(InputError):
-    """Raised if an asset cannot be rendered. The message is the reason that ``failures.jsonl`` contains."""
+    """Raised if an asset cannot be rendered. The message is stored in ``failures.jsonl`` as the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Asset:
         name: Display name.
         creator: Author.
         source: Origin.
-        license: SPDX id if the license is known, otherwise the text of the source.
+        license: SPDX id if the license is known, otherwise the license name that the source specifies.
         tags: Categories and keywords.
         split: "train" or "val" if the source defines the split, otherwise "".
         up: Up axis of an OBJ or PLY file.
@@ -90,13 +90,13 @@ LIST_SCHEMA = pyarrow.schema([
 
 
 def hashed_id(text: str) -> str:
-    """Return a name with invalid characters replaced by "_" and with a hash of the name appended."""
+    """Replace the invalid characters of a name by "_", and append a hash of the original name."""
     suffix = "_" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[: MAX_ID_LENGTH - len(suffix)] + suffix
 
 
 def read_ids(folder: Path) -> dict[str, str]:
-    """Return a mapping from files to ids according to ``assets.parquet``, or {} if the list is missing or damaged."""
+    """Return the mapping from files to ids in ``assets.parquet``, or {} if the list is missing or damaged."""
     try:
         table = pyarrow.parquet.read_table(folder / LIST_NAME, columns=["file", "id"], memory_map=False)
     except (OSError, pyarrow.ArrowException):
@@ -137,7 +137,7 @@ def read_list(folder: Path) -> tuple[Asset, ...]:
         The assets, sorted by id.
 
     Raises:
-        AssetsError: The list is damaged, empty or has invalid columns, an id is invalid or occurs twice, a mesh has an
+        AssetsError: The list is damaged or empty, a column is invalid, an id is invalid or occurs twice, a mesh has an
             unsupported suffix, a path is outside the folder, or a hash, split or up axis is invalid.
     """
     path = folder / LIST_NAME

@@ -65,7 +65,7 @@ def make_demo_assets(package: Path, out: Path) -> None:
     text = LICENSE_TEXT.format(library=LIBRARY, source=SOURCE, table=TABLE_NAME, license=license)
     (out / "LICENSE.txt").write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in out.glob("*.glb"))
-    print(f"{len(rows)} objects, {size / 1e6:.1f} MB, in {out}")
+    print(f"Wrote {len(rows)} objects ({size / 1e6:.1f} MB) to {out}")
 
 
 def _convert(model: furniture_package.Model, library: Path, out: Path) -> dict[str, str]:

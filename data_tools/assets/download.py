@@ -48,7 +48,7 @@ def download(url: str, path: Path, sha256: str = "") -> str:
     """Download a file or the missing part of a file. If the file exists and is valid, it is not downloaded.
 
     Args:
-        url: Source URL of any file system that fsspec supports.
+        url: Source URL with any protocol that fsspec supports.
         path: Destination path. The suffix determines the expected file type.
         sha256: Expected hash in lower-case hexadecimal. If "", the hash is not verified.
 

@@ -72,7 +72,7 @@ def add_parser(commands: _Parsers) -> None:
         description=(
             "Download meshes to OUT and write the asset list OUT/assets.parquet, which `render --assets OUT` reads. "
             "Objects that are not available or not usable are listed with the reason in OUT/left_out.jsonl. Run the "
-            "same command again to resume."
+            "same command again to resume an interrupted download."
         ),
     )
     sources = parser.add_subparsers(dest="source", required=True, metavar="<source>")
@@ -86,25 +86,35 @@ def add_parser(commands: _Parsers) -> None:
         )
     for name, base in (("objaverse", objaverse.BASE), ("gso", gso.BASE)):
         add = parsers[name].add_argument
-        add("--limit", type=_positive, metavar="N", help="maximum number of objects")
+        add("--limit", type=_positive, metavar="N", help="maximum number of objects in the list")
         add(
             "--base",
             default=base,
             metavar="URL",
-            help="URL of the data set or a mirror (default: %(default)s)",
+            help="URL of the data set or of a mirror (default: %(default)s)",
         )
     add = parsers["objaverse"].add_mutually_exclusive_group().add_argument
-    add("--uids", nargs="+", metavar="UID", help="uids of the objects")
-    add("--uids-file", dest="uids", type=_uids, metavar="FILE", help="file of uids, one per line")
-    add("--categories", type=_words, metavar="A,B", help="LVIS categories, for example chair,table")
+    add("--uids", nargs="+", metavar="UID", help="uids of the objects to download")
+    add("--uids-file", dest="uids", type=_uids, metavar="FILE", help="text file with one uid per line")
+    add("--categories", type=_words, metavar="A,B", help="comma-separated LVIS categories")
     add = parsers["objaverse"].add_argument
-    add("--urls-only", action="store_true", help="list the URLs; `render` downloads the meshes")
+    add("--urls-only", action="store_true", help="list the URLs of the meshes without downloading the meshes")
     add = parsers["sweethome3d"].add_argument
-    add("--package", type=user_path, metavar="FILE.deb", help=f"{DEB} (default: run `apt-get download`)")
+    add(
+        "--package",
+        type=user_path,
+        metavar="FILE.deb",
+        help=f"path of {DEB} (default: download the package with `apt-get download`)",
+    )
     add = parsers["folder"].add_argument
-    add("--assets", type=user_path, required=True, help="folder of meshes, searched recursively")
-    add("--out", type=user_path, help="folder to copy the meshes to first (default: list them in place)")
-    add("--up", choices=("y", "z"), default="", help="up axis if assets.csv does not define one (default: y)")
+    add("--assets", type=user_path, required=True, help="folder that is searched recursively for meshes")
+    add("--out", type=user_path, help="folder to which the meshes are copied (default: no copy)")
+    add(
+        "--up",
+        choices=("y", "z"),
+        default="",
+        help="up axis of OBJ and PLY files for which assets.csv does not define one (default: y)",
+    )
 
 
 def _positive(text: str) -> int:

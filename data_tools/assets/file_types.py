@@ -1,4 +1,4 @@
-"""Detection of files whose contents do not match the suffix, such as error pages that were saved as meshes."""
+"""Detection of files whose contents do not match the suffix, for example error pages that were saved as meshes."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ class FileTypeError(InputError):
 
 
 def check_head(suffix: str, head: bytes, where: str) -> None:
-    """Check the type of a file from the first bytes.
+    """Check the type of a file based on the first bytes.
 
     Args:
         suffix: Suffix of the expected type, for example ".glb". Only mesh, zip and gzip files are checked.
@@ -47,7 +47,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
 
 
 def check_file_type(path: Path, suffix: str, where: str) -> None:
-    """Check the type of a file, and the length in the header of a GLB.
+    """Check the type of a file and, for a GLB, the length in the header.
 
     Args:
         path: Path of the file.
@@ -66,7 +66,7 @@ def check_file_type(path: Path, suffix: str, where: str) -> None:
         size = path.stat().st_size
         if length != size:
             expected = f"{length} bytes according to the header"
-            raise FileTypeError(expected, size, "download it again", where)
+            raise FileTypeError(expected, size, "download the file again", where)
     if file_type == ".gltf" and b'"asset"' not in path.read_bytes():
         found = f"JSON without an asset field that starts with {_quote(head)}"
         raise FileTypeError("gltf", found, _ERROR_PAGE, where)
@@ -85,7 +85,7 @@ def check_mesh_file(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head.strip():
-        raise FileTypeError(expected=file_type[1:], found="an empty file", remedy="download it again")
+        raise FileTypeError(expected=file_type[1:], found="an empty file", remedy="download the file again")
     if head.lstrip().startswith(b"<"):
         raise FileTypeError(file_type[1:], f"a file that starts with {_quote(head)}", _ERROR_PAGE)
     _reject_utf16(path, head, file_type in (".obj", ".gltf"))
@@ -101,7 +101,7 @@ def check_mesh_file(path: Path) -> None:
 
 def _reject_utf16(path: Path, head: bytes, is_text: bool) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (is_text and b"\0" in head):
-        raise FileTypeError("UTF-8 text", "UTF-16 or null bytes", "save it as UTF-8", path.name)
+        raise FileTypeError("UTF-8 text", "UTF-16 or null bytes", "save the file as UTF-8", path.name)
 
 
 def _reject_non_finite(content: bytes, first: int) -> None:

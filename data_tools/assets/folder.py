@@ -44,19 +44,21 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
     folder = out or assets
     if folder.resolve() != assets.resolve():
         if folder.resolve().is_relative_to(assets.resolve()):
-            raise AssetsError(expected=f"--out outside {assets}", found=out, remedy="choose another folder")
+            raise AssetsError(
+                expected=f"--out outside {assets}", found=out, remedy="pass another folder to --out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         ignored = _copy(assets, folder) + _count_unsupported(assets)
         if ignored:
             print(f"Not copied: {format_ignored(ignored)}")
     found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan_folder(folder, read_ids(folder))]
     write_list(folder, found)
-    print(f"{counted(len(found), 'asset')} in {folder / LIST_NAME}")
+    print(f"Listed {counted(len(found), 'asset')} in {folder / LIST_NAME}")
     print(next_command(folder))
 
 
 def _copy(assets: Path, out: Path) -> Counter[str]:
-    """Copy meshes, ``assets.csv`` and the files with ``_COMPANION_SUFFIXES``. Symbolic links are followed.
+    """Copy meshes, ``assets.csv``, and files whose suffix is in ``_COMPANION_SUFFIXES``. Symbolic links are followed.
 
     Returns:
         Number of skipped links by kind.

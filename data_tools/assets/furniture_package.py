@@ -163,7 +163,7 @@ def _check(package: Path) -> None:
     found = hash_file(package)
     if found != PACKAGE_SHA256:
         expected = f"sha256 {PACKAGE_SHA256} ({PACKAGE} {VERSION})"
-        raise PackageError(expected, found, "download that version of the package", package)
+        raise PackageError(expected, found, "download the expected version of the package", package)
 
 
 def _unpack(package: Path, folder: Path) -> None:

@@ -110,7 +110,7 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Unpack the mesh, materials and textures to one folder. It is renamed to ``folder`` when it is complete."""
+    """Unpack the mesh, materials and textures to a temporary folder, and rename it to ``folder`` on completion."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -126,7 +126,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _member_path(archive: zipfile.ZipFile, name: str) -> str:
-    """Return the path in the zip file of a file to which the OBJ or MTL refers."""
+    """Convert a file name in the OBJ or MTL to a path in the zip file."""
     beside = f"meshes/{name}"
     return beside if beside in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
 

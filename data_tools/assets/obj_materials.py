@@ -58,7 +58,7 @@ def read_obj_materials(obj: bytes, read: ReadFile) -> ObjMaterials:
 
     Args:
         obj: Content of the OBJ.
-        read: Function that reads a file relative to the folder of the OBJ.
+        read: Function that reads the file at a path relative to the folder of the OBJ.
     """
     used = _names(b"usemtl", obj)
     names = mtl_names(obj, lambda name: not is_outside(name) and read(posixpath.normpath(name)) is not None)
@@ -103,7 +103,7 @@ def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
 def find_mtl_files(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
     """Find the MTL files of an OBJ.
 
-    If a file is missing or the OBJ does not name any, an MTL file with the stem of the OBJ is added.
+    If a file is missing or the OBJ does not name an MTL file, an existing MTL file with the stem of the OBJ is added.
 
     Args:
         path: Path of the OBJ.
@@ -111,7 +111,7 @@ def find_mtl_files(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
 
     Returns:
         The paths of the files in the order in which they are read, and the names of missing files. If an MTL file with
-        the stem of the OBJ was added, no file counts as missing.
+        the stem of the OBJ was added, the second list is empty.
     """
     named = mtl_names(obj, lambda name: find_file(path.parent, name) is not None)
     paths = {name: find_file(path.parent, name) for name in named}
@@ -154,7 +154,7 @@ def _normalized(name: str) -> str:
 
 
 def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
-    """Return the names of materials that faces use and no MTL file defines.
+    """Return the names of materials that faces use but no MTL file defines.
 
     "(null)" and "None", which Blender writes for faces without a material, are excluded.
     """
@@ -180,7 +180,7 @@ def find_invalid_face(obj: bytes) -> str:
 
 
 def _names(keyword: bytes, content: bytes) -> set[str]:
-    """Return the arguments of all statements with a keyword."""
+    """Return the arguments of all statements with the given keyword."""
     return {_text(name.rstrip()) for name in _statement(keyword).findall(normalize_lines(content))}
 
 
@@ -189,7 +189,7 @@ def _statement(keyword: bytes) -> re.Pattern[bytes]:
 
 
 def normalize_lines(content: bytes) -> bytes:
-    """Return the content of an OBJ or MTL without carriage returns, a byte order mark and line continuations."""
+    """Return the content of an OBJ or MTL without carriage returns, byte order mark and line continuations."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
     return re.sub(rb"\\[ \t]*\n", b" ", content)
@@ -292,7 +292,7 @@ def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
 
 
 def _without_options(value: str) -> str:
-    """Remove the options of a texture. ``-s 2 2 1 -bm 0.03 wood grain.jpg`` becomes ``wood grain.jpg``."""
+    """Remove the options of a texture statement. ``-s 2 2 1 -bm 0.03 wood grain.jpg`` becomes ``wood grain.jpg``."""
     return re.sub(r"^(-((imfchan|type)\s+\w+|\w+(\s+(on|off|[-+.\d]+(e[-+]?\d+)?))*)\s+)+", "", value)
 
 

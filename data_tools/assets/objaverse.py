@@ -64,7 +64,7 @@ def fetch_objaverse(
             "pass for example --categories chair,table --limit 100, or --uids-file with one uid per line (the keys of "
             "object-paths.json.gz are all uids)"
         )
-        raise InputError("uids or categories (all of Objaverse is 8.9 TB)", "neither", remedy)
+        raise InputError("uids or categories (the complete data set has a size of 8.9 TB)", "neither", remedy)
     base, index = base.rstrip("/"), out / "index"
     annotations = _table(base, index, "lvis-annotations.json.gz") if categories else {}
     _reject_unknown("category", categories, annotations)
@@ -133,7 +133,7 @@ def _reject_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> N
             # Comparing all 798,759 uids would take about a minute.
             alike = [other for other in known if len(known) < 9999 or other[:4] == name[:4]]
             near = difflib.get_close_matches(name, alike, cutoff=0.5)
-            remedy = f"did you mean {' or '.join(near)}?" if near else f"an example is {min(known)}"
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"a valid example is {min(known)}"
             raise InputError(f"a {noun} of Objaverse", repr(name), remedy)
 
 
@@ -157,7 +157,7 @@ def _table(base: str, index: Path, name: str) -> dict[str, Any]:
 
 
 def _download_meshes(base: str, out: Path, assets: dict[str, Asset], left_out: dict[str, str]) -> None:
-    """Download meshes, and store the hashes in ``assets``. Failures are moved to ``left_out``."""
+    """Download meshes, and store the hashes in ``assets``. Move failed downloads to ``left_out``."""
     downloads = [Download(uid, f"{base}/{asset.file}", out / asset.file) for uid, asset in assets.items()]
     bar = tqdm(download_all(downloads), total=len(downloads), unit="mesh")
     for done, digest, reason in bar:

@@ -44,7 +44,10 @@ def write_outputs(
     lines = [json.dumps({"id": key, "reason": left_out[key]}) + "\n" for key in sorted(left_out)]
     write_atomically(out / LEFT_OUT_NAME, "".join(lines).encode())
     if left_out:
-        print(f"Left out {len(left_out)} of {len(assets) + len(left_out)}, listed in {out / LEFT_OUT_NAME}:")
+        total = len(assets) + len(left_out)
+        print(
+            f"Left out {len(left_out)} of {counted(total, 'object')}. The reasons are in {out / LEFT_OUT_NAME}:"
+        )
         categories = Counter(reason.partition(":")[0] for reason in left_out.values())
         for category, count in categories.most_common():
             print(f"  {count:6d}  {category}")
@@ -59,8 +62,8 @@ def write_outputs(
     write_atomically(out / ATTRIBUTION_NAME, _attribution(assets, changes).encode("utf-8", "replace"))
     write_list(out, assets)
     splits = Counter(asset.split for asset in assets)
-    held_out = f", {splits['val']} of them held out (val)" if splits["val"] else ""
-    print(f"{counted(len(assets), 'asset')}{held_out} in {out / LIST_NAME}")
+    held_out = f" ({splits['val']} in the split val)" if splits["val"] else ""
+    print(f"Listed {counted(len(assets), 'asset')}{held_out} in {out / LIST_NAME}")
     print(next_command(out))
 
 

@@ -1,4 +1,4 @@
-"""Conversion of PLY files whose colors or faces would be lost by Blender's importer.
+"""Conversion of PLY files whose colors or faces Blender's importer does not read correctly.
 
 | file                                           | Blender's importer    | result of this module         |
 |------------------------------------------------|-----------------------|-------------------------------|
@@ -84,7 +84,7 @@ class _Lists(NamedTuple):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Columns of an element, with the types in the header.
+    """Columns of an element, with the types that the header defines.
 
     Attributes:
         scalars: Mapping from names of scalar properties to the values, shape (rows,).
@@ -184,8 +184,8 @@ def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _
         order: Byte order in the notation of NumPy, or "" for an ASCII file.
 
     Returns:
-        Mapping from element names to columns. If the data is invalid, it is empty, so that Blender's
-        importer reports the error.
+        Mapping from element names to columns. If the data is invalid, the mapping is empty, so that Blender's importer
+        reports the error.
     """
     table, at = dict[str, _Columns](), 0
     data = body if order else np.fromstring(body.decode("latin-1"), np.float64, sep=" ").tobytes()
@@ -214,7 +214,7 @@ def _read_rows(element: _Element, data: bytes, at: int, order: str) -> tuple[lis
 
     @functools.cache
     def layout(*lengths: int) -> np.dtype[np.void]:
-        """Return the layout of a row up to the length of the first list whose length is not given."""
+        """Return the layout of a row. It ends at the first list for which ``lengths`` contains no length."""
         fields, given = list[tuple[str, str, tuple[int, ...]]](), iter(lengths)
         for key, (dtype, length) in element.properties.items():
             shape: tuple[int, ...] = ()

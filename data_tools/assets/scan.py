@@ -68,7 +68,9 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
         expected = f"a folder of {MESH_FORMATS} files at {folder}"
         raise AssetsError(expected, "no folder", "pass ASSETS=<folder>")
     if out and out.resolve() == folder.resolve():
-        raise AssetsError("different folders for meshes and shards", f"{out} for both", "pass another OUT=")
+        raise AssetsError(
+            "different folders for meshes and shards", f"{out} for both", "set OUT to another folder"
+        )
     if (folder / LIST_NAME).is_file():
         assets = read_list(folder)
         _report_unlisted(folder, assets)
@@ -118,8 +120,8 @@ def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -
     table = read_table(folder / TABLE_NAME)
     if unused := sorted(set(table) - set(by_id)):
         print(
-            f"Note: {folder / TABLE_NAME} has {counted(len(unused), 'row')} without a mesh of that id, for example "
-            f"{unused[0]!r}. An id of this folder is {min(by_id)!r}.",
+            f"Note: {folder / TABLE_NAME} has {counted(len(unused), 'row')} with an id that no mesh has, for example "
+            f"{unused[0]!r}. An example of a valid id is {min(by_id)!r}.",
             file=sys.stderr,
         )
     return tuple(_make_asset(folder, key, by_id[key], table.get(key, {})) for key in sorted(by_id))
@@ -239,16 +241,16 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
                 _validate_row(row, where)
                 table[row["id"]] = row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise AssetsError("a CSV file", error, "save it as CSV in UTF-8", path) from error
+        raise AssetsError("a CSV file", error, "save the file as CSV in UTF-8", path) from error
     return table
 
 
 def _validate_row(row: dict[str, str], where: str) -> None:
     if row.get(_UP_COLUMN, "") not in get_args(UpAxis):
-        raise AssetsError("y, z or nothing as the up axis", repr(row[_UP_COLUMN]), subject=where)
+        raise AssetsError("y, z or an empty value as the up axis", repr(row[_UP_COLUMN]), subject=where)
     if not SHA256_PATTERN.fullmatch(row["sha256"]):
-        expected = "a sha256 of 64 lower-case hex digits or nothing"
-        raise AssetsError(expected, repr(row["sha256"]), "compute it with `sha256sum FILE`", where)
+        expected = "a sha256 of 64 lower-case hex digits or an empty value"
+        raise AssetsError(expected, repr(row["sha256"]), "compute the hash with `sha256sum FILE`", where)
 
 
 def _make_asset(folder: Path, key: str, file: Path, row: dict[str, str]) -> Asset:

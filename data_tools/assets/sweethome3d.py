@@ -153,7 +153,7 @@ def _read_materials(model: Model, members: zipfile.ZipFile) -> ObjMaterials | No
 
 
 def _source(model: Model, members: zipfile.ZipFile) -> str:
-    """Return the origin of a model. It contains the URL of the original page if the license file contains the URL."""
+    """Return the origin of a model, including the URL of the original page if the license file contains this URL."""
     source = f"{model.key} in {model.library} of the Debian package {PACKAGE} {VERSION}"
     text = read_member(members, posixpath.join(posixpath.dirname(model.obj), "BLENDSWAP_LICENSE.txt"))
     page = re.search(rb"Downloaded from (https?://[!-~]+)", text or b"")
@@ -161,12 +161,12 @@ def _source(model: Model, members: zipfile.ZipFile) -> str:
 
 
 def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -> None:
-    """Convert models without a complete GLB, and add failures to ``left_out``."""
+    """Convert models that do not have a complete GLB, and add failures to ``left_out``."""
     missing = [task for task in tasks if not _is_complete(task.glb)]
     if not missing:
         return
     jobs = max(1, min(16, len(missing), len(os.sched_getaffinity(0))))
-    print(f"Converting {len(missing)} models, {jobs} Blender processes ...", flush=True)
+    print(f"Converting {len(missing)} models in {jobs} Blender processes ...", flush=True)
     bar = tqdm(convert_all(missing, out / "convert.log", jobs), total=len(missing), unit="model")
     for task, reason in bar:
         if reason:

@@ -75,7 +75,9 @@ def test_assets_csv_provides_metadata_and_is_validated(tmp_path):
     ):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,x\n")
-    with pytest.raises(AssetsError, match="line 2: expected y, z or nothing as the up axis, but found 'x'"):
+    with pytest.raises(
+        AssetsError, match="line 2: expected y, z or an empty value as the up axis, but found 'x'"
+    ):
         find_assets(tmp_path)
     table.write_text("id,title\na,Chair\n")
     with pytest.raises(AssetsError, match="expected the columns id,name"):
@@ -86,8 +88,8 @@ def test_a_row_without_a_mesh_is_reported(tmp_path, capsys):
     touch(tmp_path, "a.glb", "b.obj")
     (tmp_path / "assets.csv").write_text(HEADER + "b.obj,Chair,Ann,library,CC0-1.0,\na,A,,,,\n")
     assert [asset.name for asset in find_assets(tmp_path)] == ["A", "b"]
-    assert "has 1 row without a mesh of that id" in (said := capsys.readouterr().err)
-    assert "for example 'b.obj'. An id of this folder is 'a'" in said
+    assert "has 1 row with an id that no mesh has" in (said := capsys.readouterr().err)
+    assert "for example 'b.obj'. An example of a valid id is 'a'" in said
 
 
 def test_the_objects_with_the_smallest_hashes_are_held_out():

@@ -204,7 +204,7 @@ def test_a_failed_download_of_the_package_suggests_a_remedy(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PackageError, match=message) as error:
         open_package(None).__enter__()
-    assert re.search("(?i)pass --package FILE.deb|download that version", str(error.value))
+    assert re.search("(?i)pass --package FILE.deb|download the expected version", str(error.value))
 
 
 def test_without_blender_the_error_names_the_render_environment(package, tmp_path, monkeypatch):
