@@ -86,7 +86,7 @@ def _start_process(log: Path) -> None:
 
 
 def _convert(task: ConversionTask, time_limit_s: float) -> str:
-    """Convert a model and return the error, or "". If the time limit is exceeded, the process exits."""
+    """Convert a model, and return the error or "". If the time limit is exceeded, the process exits."""
     print(f"--- {task.id}", flush=True)
     faulthandler.dump_traceback_later(time_limit_s, exit=True)
     try:

@@ -146,7 +146,7 @@ def _levels(
     material: npt.NDArray[np.int64],
     opaque: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int16]:
-    """Return the level of each face, from which the offset is computed.
+    """Return the level of each face, which determines the offset of the face.
 
     Coincident faces that are kept have the levels 0, 1, and so on. The level of faces to remove is -1.
 
@@ -205,15 +205,16 @@ def _longest_side(objects: list[bpy.types.Object]) -> float:
 def _faces(
     obj: bpy.types.Object, size: float
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the properties of faces by which duplicates are found.
+    """Return the properties from which duplicate faces are determined.
 
     Args:
         obj: Mesh object.
         size: Longest side of the bounding box of all objects.
 
     Returns:
-        Arrays with one item per face. They are a hash of the corner positions that does not depend on the order of the
-        corners, the orientation (0 if double-sided), an id of the material, and whether the material is opaque.
+        Four arrays with one item per face, which contain a hash of the corner positions that does not depend on the
+        order of the corners, the orientation (0 if double-sided), an id of the material, and whether the material is
+        opaque.
     """
     mesh = obj.data
     posed = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data

@@ -28,7 +28,7 @@ _SHEARED = 1e-4
 
 @contextlib.contextmanager
 def _invalid_file_errors() -> Iterator[None]:
-    """Convert the exceptions that an invalid file causes to ``AssetError``."""
+    """Convert exceptions caused by an invalid file to ``AssetError``."""
     try:
         yield
     except AssetError:
@@ -46,12 +46,15 @@ def external_uris(path: Path) -> list[str]:
     """
     record = _read_json(path)
     if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
-        raise AssetError(expected="glTF 2.0", found="version 1.0", remedy="convert the file")
+        raise AssetError(expected="glTF 2.0", found="version 1.0", remedy="convert the file to glTF 2.0")
     return [unquote(entry["uri"]) for entry in _external_entries(record)]
 
 
 def _external_entries(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return buffers and images in files. Blender's importer treats all URIs except base64 data as paths."""
+    """Return the buffers and images that are stored in separate files.
+
+    Blender's importer treats all URIs except base64 data as paths.
+    """
     return [
         entry
         for entry in (*record.get("buffers", ()), *record.get("images", ()))
@@ -69,7 +72,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
             raise AssetError(expected="a binary glTF file", found="another file type")
         _, version, _, size, _ = struct.unpack("<4s4I", head)
         if version != 2:
-            raise AssetError(expected="glTF 2.0", found=f"version {version}.0", remedy="convert the file")
+            raise AssetError("glTF 2.0", f"version {version}.0", "convert the file to glTF 2.0")
         return json.loads(file.read(size))
 
 
@@ -193,7 +196,7 @@ class _Hooks:
         obj: bpy.types.Object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Hide an object if the node or an ancestor of the node is not visible."""
+        """Hide an object if the node of the object or an ancestor of this node is not visible."""
         if self._hidden is None:
             self._hidden = self._find_hidden(importer.data.nodes)
         if {vnode.mesh_node_idx, vnode.parent} & self._hidden:

@@ -154,7 +154,7 @@ def prepare_scene(
         lost: Names of missing files and materials, which are counted as missing textures.
 
     Returns:
-        Half sides of the bounding box, shape (3,), and measures of the scene. The box is centered at the origin.
+        Half side lengths of the bounding box, shape (3,), and measures of the scene. The box is centered at the origin.
 
     Raises:
         AssetError: There are no visible faces, or their positions, size or number are outside the limits.
@@ -218,7 +218,7 @@ def _texture_nodes(objects: Iterable[bpy.types.Object]) -> list[bpy.types.Shader
 
 
 def _is_hidden(obj: bpy.types.Object) -> bool:
-    """Return whether the file specifies that an object is not visible."""
+    """Return whether the mesh file specifies that an object is not visible."""
     if obj.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:
         return True
     if obj.hide_render or obj.hide_viewport or obj.hide_get() or not obj.visible_camera:
@@ -236,7 +236,7 @@ def _is_clear(material: bpy.types.Material | None) -> bool:
 
 
 def _is_colored(used: Iterable[bpy.types.Material]) -> bool:
-    """Return whether materials have a texture, vertex colors, or different colors."""
+    """Return whether materials have a texture, vertex colors or different colors."""
     colors = set()
     for material in used:
         shown = [
@@ -297,8 +297,8 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     """Center the bounding box at the origin and scale the scene, by adding a parent to all root objects.
 
     Returns:
-        Half sides of the box, shape (3,), longest side of the box before scaling, number of triangles, and fraction of
-        degenerate triangles.
+        Half side lengths of the box, shape (3,), longest side of the box before scaling, number of triangles, and
+        fraction of degenerate triangles.
     """
     meshes = list(world_meshes())
     if not meshes:
@@ -311,7 +311,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
         [points[np.unique(corners[~mask])] for (points, corners), mask in zip(meshes, flat, strict=True)]
     )
     if not len(vertices):
-        raise AssetError(expected="mesh faces with an area", found="none")
+        raise AssetError(expected="faces with a nonzero area", found="none")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     center = (low + high) / 2
     distances = np.linalg.norm(vertices - center, axis=1) if normalize == "sphere" else (high - low) / 2
@@ -323,8 +323,8 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     if steps < MIN_STEPS:
         raise AssetError(
             expected=f"at least {MIN_STEPS} float32 positions across the object",
-            found=f"{steps:.0f}, because the object is {distance / size:.3g} times its size from the origin",
-            remedy="move it to the origin and export it again",
+            found=f"{steps:.0f}, because the object is far from the origin ({distance / size:.3g} times the size)",
+            remedy="move the object to the origin, and export the mesh again",
         )
     triangles = sum(len(corners) for _, corners in meshes)
     if triangles > MAX_TRIANGLES:

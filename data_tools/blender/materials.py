@@ -83,7 +83,7 @@ def correct_fbx(path: Path) -> None:
     try:
         root, _ = parse_fbx.parse(os.fspath(path))
     except Exception as error:  # the parser supports fewer files than the importer
-        print(f"cannot read specular and opacity of FBX materials: {error!r}")
+        print(f"cannot read the specular reflection and opacity of FBX materials: {error!r}")
         return
     objects = [element for part in root.elems if part.id == b"Objects" for element in part.elems]
     elements = [element for element in objects if element.id == b"Material"]
@@ -107,7 +107,7 @@ def correct_fbx(path: Path) -> None:
 
 
 def _opacity(values: dict[bytes, list[float]]) -> float:
-    """Return the opacity of an FBX material with the rules of Blender's Python importer and three.js."""
+    """Return the opacity of an FBX material according to the rules of Blender's Python importer and three.js."""
     opacity = 1 - values.get(b"TransparencyFactor", [0.0])[0]
     if opacity in (0, 1):
         opacity = values.get(b"Opacity", [1 - values.get(b"TransparentColor", [0.0])[0]])[0]
@@ -171,7 +171,7 @@ def alpha_inputs(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
 
 
 def apply_texture(image_path: Path) -> None:
-    """Apply a texture to all meshes with their texture coordinates."""
+    """Apply a texture to all meshes, using the texture coordinates of each mesh."""
     material, shader = _new_material("texture")
     node = material.node_tree.nodes.new("ShaderNodeTexImage")
     node.image = bpy.data.images.load(os.fspath(image_path.absolute()))

@@ -64,9 +64,9 @@ class Limits:
 def time_limit_s(settings: RenderSettings) -> float:
     """Return the default time limit per object in seconds.
 
-    It is the default of ``Limits`` plus a time that is proportional to the number of samples in all views. A fully
-    loaded core computes about two million samples per second. With eight processes on two cores, 64 views of 512 x 512
-    pixels with 16 samples per pixel took 130 s.
+    The limit is the default of ``Limits`` plus a time that is proportional to the number of samples in all views. A
+    fully loaded core computes about two million samples per second. With eight processes on two cores, 64 views of
+    512 x 512 pixels with 16 samples per pixel took 130 s.
     """
     samples = settings.views * settings.resolution**2 * settings.samples
     return Limits.time_s + samples / SAMPLES_PER_S
@@ -80,7 +80,7 @@ class RenderResult:
         asset: The asset.
         status: "done" if the object was rendered, "failed" if the asset is invalid and must not be retried, "crashed"
             if the process ended, "unreachable" if the download failed, or "no space" if the disk is full.
-        reason: Reason of the failure, or "" if the status is "done".
+        reason: Reason for the failure, or "" if the status is "done".
         members: Mapping from names to contents of the members of the sample. It is empty unless the status is "done".
         log: Output of Blender, or "" if the status is "done".
         cycles_s: Render time of Cycles in seconds, or 0 unless the status is "done".
@@ -143,7 +143,7 @@ class BlenderProcess:
             tail = self._output(_TAIL_LENGTH).strip()
             self.close()
             raise BlenderError(
-                f"Blender did not start with {command[0]}: it {response}. Last output:\n{tail}",
+                f"Blender did not start with {command[0]}: the process {response}. Last output:\n{tail}",
                 remedy="run `make .venv-render` to install bpy and its system libraries, then "
                 "`.venv-render/bin/python -m data_tools render`",
             )

@@ -86,9 +86,9 @@ def render_view(
 
     Args:
         c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
-        focal: Focal length as a fraction of the image side.
-        half_extent: (3,) half sides of the bounding box of the object, which is centered at the origin. Only the part
-            of the image that shows the box is rendered.
+        focal: Focal length divided by the image side.
+        half_extent: (3,) half side lengths of the bounding box of the object, which is centered at the origin. Only the
+            part of the image that shows the box is rendered.
         seed: Seed of Cycles.
         scratch: Folder for a temporary image file.
 

@@ -16,8 +16,8 @@ from data_tools.assets.obj_materials import find_file
 def find_textures(folder: Path) -> None:
     """Load missing images from the folder of the mesh.
 
-    The path of the image and its last components are searched in the folder. Differences in case, Unicode normalization
-    and path separators are ignored.
+    The path of the image is searched in the folder, first the whole path and then the path without leading folders.
+    Differences in case, Unicode normalization and path separators are ignored.
 
     Args:
         folder: Absolute path of the folder of the mesh.
@@ -69,7 +69,7 @@ def link_opacity_masks() -> None:
 def remove_bump_maps() -> None:
     """Remove bump maps that were imported as normal maps.
 
-    They are recognized by the mean color, which is approximately (0.5, 0.5, 1) for normal maps.
+    An image is a bump map if the mean color differs from that of normal maps, which is approximately (0.5, 0.5, 1).
     """
     for material, node in list(_textures()):
         for link in list(node.outputs["Color"].links):

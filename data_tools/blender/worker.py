@@ -124,7 +124,9 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
             extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
             extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):
-        raise AssetError(expected="a visible object", found=f"{settings.views} transparent views")
+        raise AssetError(
+            expected="a visible object", found=f"only transparent pixels in {settings.views} views"
+        )
     info = SampleInfo(
         id=asset.id,
         **asset.record(),

@@ -109,7 +109,7 @@ def read_model(folder: Path) -> list[PosedImage]:
 
 
 def _read_records(path: Path, read_record: Callable[[BytesIO], _Record]) -> list[_Record]:
-    """Read a file that consists of a number of records and the records."""
+    """Read a file that consists of the number of records, followed by the records."""
     content = read_file(path, _MAX_MODEL_BYTES)
     file = BytesIO(content)
     try:
@@ -123,7 +123,7 @@ def _read_records(path: Path, read_record: Callable[[BytesIO], _Record]) -> list
     except LayoutError as error:
         raise LayoutError(f"{path}: {error}") from error
     if file.tell() != len(content):
-        raise LayoutError(subject=path, expected=f"{file.tell()} bytes", found=len(content))
+        raise LayoutError(subject=path, expected=f"a file of {file.tell()} bytes", found=len(content))
     return records
 
 

@@ -65,7 +65,7 @@ def find_folders(root: Path, names: str) -> list[Path]:
     """
 
     def reject(error: OSError) -> None:
-        raise LayoutError(expected="readable folders", found=error) from error
+        raise LayoutError(expected="a readable folder", found=error) from error
 
     found, seen = [], set()
     for path, folders, files in os.walk(root, followlinks=True, onerror=reject):
@@ -97,7 +97,7 @@ def numbered_images(folder: Path) -> list[Path]:
     for first, second in itertools.pairwise(images):
         if int(first.stem) == int(second.stem):
             names = f"{first.name} and {second.name}"
-            raise LayoutError("one image per number", names, "remove one of them", folder)
+            raise LayoutError("one image per number", names, "remove one of the images", folder)
     return images
 
 
@@ -125,9 +125,9 @@ def _require_file(path: Path, limit: int) -> None:
 def to_rgba_view(content: bytes, name: str, aspect: float | None = None) -> bytes:
     """Convert an image with transparency to RGBA in sRGB.
 
-    The image can also have a palette, a gray and an alpha channel, or one transparent color (tRNS), because PNG
-    optimizers convert RGBA images to these formats. The EXIF orientation is ignored, because the camera refers to the
-    stored pixels.
+    Images with a palette, with a gray and an alpha channel, or with one transparent color (tRNS) are supported, because
+    PNG optimizers convert RGBA images to these formats. The EXIF orientation is ignored, because the camera refers to
+    the stored pixels.
 
     Args:
         content: Encoded image.
@@ -195,7 +195,7 @@ def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
     with open_zip(path) as archive:
         content = read_member(archive, f"{name}.npy", _MAX_ARRAY_BYTES)
     if content is None:
-        raise LayoutError(subject=path, expected=f"an array {name}", found="none")
+        raise LayoutError(subject=path, expected=f"an array with the name {name}", found="none")
     return parse_npy(content, f"{path}, {name}")
 
 

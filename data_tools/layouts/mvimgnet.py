@@ -9,8 +9,9 @@ A view is cropped to a square around the mask with a margin, and the intrinsics 
 mask or the image are transparent. ``object_frame`` normalizes the cameras. After the normalization, the distance of the
 cameras depends on the video.
 
-A frame is usable if the image and the mask exist and the mask does not touch the image border, where the object could
-be cropped. The views are selected evenly from the usable frames. COLMAP models in ``sparse/1`` are not used.
+A frame is usable if the image and the mask exist and the mask does not touch the image border, where a part of the
+object could be missing. The views are selected evenly from the usable frames. COLMAP models in ``sparse/1`` are not
+used.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ class Frame:
         posed: Pose and intrinsics.
         image: Path of the image.
         mask: Path of the mask.
-        corner: Left and top of the crop in pixels. They can be outside the image.
+        corner: Pixel coordinates (left, top) of the crop, which can be outside the image.
         side: Side of the crop in pixels.
         outline: Outline of the object.
     """
@@ -90,7 +91,9 @@ def read_object(folder: Path, root: Path, masks: Path | None, views: int, resolu
 def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
     """Return a frame, or the reason why it is not usable."""
     if Path(posed.name).name != posed.name:
-        raise LayoutError(subject=images, expected="plain file names in images.bin", found=f"{posed.name!r}")
+        raise LayoutError(
+            subject=images, expected="file names without folders in images.bin", found=f"{posed.name!r}"
+        )
     image, mask = images / posed.name, masks / f"{posed.name}.png"
     if not image.is_file():
         return "without an image"
@@ -109,7 +112,7 @@ def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
     corners = np.array([(x, y) for x in (left, left + side) for y in (top, top + side)], dtype=np.float64)
     displacement = float(posed.camera.displacement(corners).max()) / side
     if displacement > MAX_DISTORTION:
-        expected = f"lens distortion of at most {MAX_DISTORTION:.0%} of the crop"
+        expected = f"lens distortion of at most {MAX_DISTORTION:.0%} of the side of the crop"
         remedy = "undistort the images with COLMAP's image_undistorter"
         raise LayoutError(expected, f"{displacement:.1%}", remedy, image)
     # The ends of the rows of the mask include all vertices of the convex hull.

@@ -66,7 +66,8 @@ def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]
     """Estimate the world axes +x, +y and +z, which are the rows of the returned matrix.
 
     The horizon is assumed to be level in all frames, so that the right axes of the cameras are parallel to the ground,
-    regardless of the tilt. Compared to fitting a plane to the camera positions, this method works for shorter arcs.
+    regardless of the tilt. Unlike fitting a plane to the camera positions, this method also works for short
+    camera arcs.
     """
     right, down = poses[:, :3, 0], poses[:, :3, 1]
     _, spread, directions = np.linalg.svd(right.T @ right)

@@ -33,7 +33,7 @@ class ViewFormat:
     size: tuple[int, int]
 
     def __str__(self) -> str:
-        """Return a description for messages."""
+        """Return a description of the number and size of views."""
         return f"{self.views} views of {self.size[0]} x {self.size[1]} pixels"
 
 
@@ -79,7 +79,7 @@ def get_layout(
     """
     for option, value, most in (("--res", resolution, MAX_IMAGE_SIDE), ("--views", views, MAX_VIEWS)):
         if value is not None and not 1 <= value <= most:
-            raise LayoutError(expected=f"{option} from 1 to {most}", found=value)
+            raise LayoutError(expected=f"a value of {option} from 1 to {most}", found=value)
     if name == "mvimgnet":
         video = ViewFormat(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
         find = partial(find_folders, names=mvimgnet.OBJECT_NAMES)

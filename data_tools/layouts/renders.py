@@ -101,7 +101,9 @@ def _read_openlrm(folder: Path, files: Sequence[Path]) -> tuple[_Array, _Array, 
     path = folder / "intrinsics.npy"
     intrinsics = read_npy(path)
     if intrinsics.shape != (3, 2) or not (intrinsics[2] > 0).all():
-        raise LayoutError(subject=path, expected="fx fy, cx cy, width height", found=intrinsics.tolist())
+        raise LayoutError(
+            subject=path, expected="rows (fx, fy), (cx, cy) and (width, height)", found=intrinsics.tolist()
+        )
     c2w = _read_poses([folder / "pose" / f"{file.stem}.npy" for file in files]) @ OPENGL_TO_OPENCV
     return c2w, (intrinsics[:2] / intrinsics[2]).ravel(), float(intrinsics[2, 0] / intrinsics[2, 1])
 

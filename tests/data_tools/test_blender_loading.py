@@ -152,6 +152,6 @@ def test_import_errors_name_the_cause_and_the_remedy(loaded, tmp_path):
     names = ("old.gltf", "old.glb", "empty.glb", "packed.glb", "lost.gltf")
     old, old_binary, empty, packed, lost = loaded(*((tmp_path / name, tmp_path, "") for name in names))
     assert "Missing resource, 'lost.bin'" in lost
-    assert old == old_binary == "expected glTF 2.0, but found version 1.0. Convert the file"
+    assert old == old_binary == "expected glTF 2.0, but found version 1.0. Convert the file to glTF 2.0"
     assert "expected a binary glTF file" in empty
     assert "gltf-transform" in packed

@@ -233,7 +233,7 @@ def test_lens_distortion_above_one_percent_of_the_crop_is_rejected(video, tmp_pa
         )
     converted(tmp_path / "mild", tmp_path / "mild-out")
     said = reason(tmp_path / "strong" / "7" / "a", tmp_path / "out")
-    assert "expected lens distortion of at most 1% of the crop, but found" in said
+    assert "expected lens distortion of at most 1% of the side of the crop, but found" in said
 
 
 def test_an_object_with_a_damaged_model_is_reported(video, tmp_path):

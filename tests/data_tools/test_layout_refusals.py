@@ -125,7 +125,7 @@ def test_two_images_with_the_same_number_are_rejected(layout, tmp_path):
 
 @ONE_LAYOUT
 def test_a_folder_that_cannot_be_listed_is_an_error(layout, tmp_path):
-    with pytest.raises(LayoutError, match=r"expected readable folders, but found .*No such file"):
+    with pytest.raises(LayoutError, match=r"expected a readable folder, but found .*No such file"):
         converted(layout, tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -221,7 +221,7 @@ def test_malicious_arrays_and_archives_are_rejected(tmp_path):
     assert bomb.stat().st_size < 1 << 16
     with pytest.raises(InputError, match=r"at most 1048576 bytes in cam_poses\.npy, but found 16777216"):
         read_npz(bomb, "cam_poses")
-    with pytest.raises(LayoutError, match="expected an array other, but found none"):
+    with pytest.raises(LayoutError, match="expected an array with the name other, but found none"):
         read_npz(bomb, "other")
     bomb.write_bytes(b"no archive")
     with pytest.raises(InputError, match="expected a zip file, but found File is not a zip file"):
@@ -233,7 +233,7 @@ def test_options_of_another_layout_and_out_of_range_numbers_are_rejected(tmp_pat
         LayoutError, match="--views and --masks with --from mvimgnet only, but found --from openlrm"
     ):
         get_layout("openlrm", tmp_path, views=8)
-    with pytest.raises(LayoutError, match="expected --res from 1 to 4096, but found 0"):
+    with pytest.raises(LayoutError, match="expected a value of --res from 1 to 4096, but found 0"):
         get_layout("mvimgnet", tmp_path, resolution=0)
 
 

@@ -54,7 +54,7 @@ def test_a_colmap_file_of_unexpected_size_is_rejected(tmp_path, name, damage):
     [
         (short_counted, r"images\.bin: expected \d+ bytes, but found"),
         (not_finite, "expected a valid pose and camera id, but found .*nan"),
-        (leaving, r"expected plain file names in images\.bin, but found '\.\./1jpg'"),
+        (leaving, r"expected file names without folders in images\.bin, but found '\.\./1jpg'"),
     ],
 )
 def test_invalid_poses_and_file_names_are_rejected(video, damage, said):
