@@ -133,7 +133,7 @@ def _reject_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> N
             # Comparing all 798,759 uids would take about a minute.
             alike = [other for other in known if len(known) < 9999 or other[:4] == name[:4]]
             near = difflib.get_close_matches(name, alike, cutoff=0.5)
-            remedy = f"did you mean {' or '.join(near)}?" if near else f"a valid example is {min(known)}"
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"an example is {min(known)}"
             raise InputError(f"a {noun} of Objaverse", repr(name), remedy)
 
 

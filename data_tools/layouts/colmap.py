@@ -123,7 +123,7 @@ def _read_records(path: Path, read_record: Callable[[BytesIO], _Record]) -> list
     except LayoutError as error:
         raise LayoutError(f"{path}: {error}") from error
     if file.tell() != len(content):
-        raise LayoutError(subject=path, expected=f"a file of {file.tell()} bytes", found=len(content))
+        raise LayoutError(subject=path, expected=f"{file.tell()} bytes", found=len(content))
     return records
 
 

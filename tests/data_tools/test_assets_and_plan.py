@@ -193,7 +193,9 @@ def test_assets_csv_may_have_a_byte_order_mark_and_must_be_utf_8(tmp_path):
     table.write_text(text, encoding="utf-8-sig")
     assert read_table(table)["a"]["name"] == "Stühle"
     table.write_text(text, encoding="latin-1")
-    with pytest.raises(AssetsError, match=r"expected a CSV file, but found .*. Save it as CSV in UTF-8"):
+    with pytest.raises(
+        AssetsError, match=r"expected a CSV file, but found .*. Save the file as CSV in UTF-8"
+    ):
         read_table(table)
 
 
