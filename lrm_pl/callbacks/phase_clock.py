@@ -33,7 +33,7 @@ class PhaseClock:
             self._marks[-1] = (phase, self._marks[-1][1])
 
     def pop_totals(self) -> dict[str, float]:
-        """Return the milliseconds of every phase since the last call, and continue the active phase.
+        """Return the duration of each phase since the last call in milliseconds. The active phase continues.
 
         On CUDA, this method waits for all queued work.
         """

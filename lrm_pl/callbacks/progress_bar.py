@@ -21,7 +21,7 @@ class ProgressBar(TQDMProgressBar):
         self._shown: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
-        """Count the optimizer steps of the whole run, including the steps before the run was resumed."""
+        """Count the optimizer steps of the whole run, including the steps completed before the run was resumed."""
         super().on_train_epoch_start(trainer)
         bar = self.train_progress_bar
         bar.unit, bar.total = "step", trainer.max_steps if trainer.max_steps >= 0 else None

@@ -32,7 +32,7 @@ class SceneWriter(L.Callback):
 
     Args:
         folder: Output folder.
-        metadata: Entries of every result.json, such as the model and the versions.
+        metadata: Entries to include in each result.json, such as the model and the versions.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class SceneWriter(L.Callback):
             files |= encode_mesh(mesh, "glb")
             shape = {"vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": density}
         except NoSurfaceError as error:
-            logger.warning("No mesh of %s: %s", key, error)
+            logger.warning("No mesh was written for %s: %s", key, error)
             notes.append(f"No mesh: {error}")
             (folder / "mesh.glb").unlink(missing_ok=True)  # written by an earlier run
         for name, content in files.items():

@@ -65,7 +65,7 @@ class StepTimer(L.Callback):
             profiler.clock = self._clock
         else:
             logger.info(
-                "time/data_wait is part of time/other, because trainer.profiler is not a DataWaitProfiler"
+                "time/data_wait is included in time/other, because trainer.profiler is not a DataWaitProfiler"
             )
         self._switch("other")
 
@@ -111,12 +111,12 @@ class StepTimer(L.Callback):
         self._steps, self._batches = 0, []
 
     def on_validation_start(self, *_: object) -> None:
-        """Exclude validation and the preceding start of the loader workers for validation."""
+        """Exclude validation, including the start of its data loader workers, from the measured time."""
         if self._clock is not None:
             self._clock.rename(PAUSE)
 
     def on_train_end(self, trainer: L.Trainer, *_: object, **__: object) -> None:
-        """Remove the hooks and the clock of the profiler."""
+        """Remove the forward hooks, and reset the clock of the profiler to None."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._clock = [], None
@@ -126,7 +126,7 @@ class StepTimer(L.Callback):
     on_exception = on_train_end
 
     def _utilization(self, device: torch.device, seconds: float) -> float | None:
-        """Return the model FLOPs utilization, and exclude the time that its computation takes."""
+        """Return the model FLOPs utilization. The duration of this computation is not measured."""
         assert self._meter is not None
         self._switch(PAUSE)
         utilization = self._meter.utilization(self._batches, device, seconds)

@@ -20,7 +20,7 @@ WARMUP = 5
 
 @final
 class TraceRecorder(L.Callback):
-    """Callback that records a trace of optimizer steps of rank 0, after a warm-up, to ``profile/`` in the run folder.
+    """Callback that profiles optimizer steps of rank 0 after a warm-up and writes a trace to the run folder.
 
     Args:
         steps: Number of steps to record.
@@ -40,13 +40,13 @@ class TraceRecorder(L.Callback):
         """
         left, needed = trainer.max_steps - trainer.global_step, WARMUP + self.steps
         if left < needed and trainer.global_step:
-            logger.warning("No trace is recorded: %d steps are left, and %d are needed", left, needed)
+            logger.warning("No trace is recorded, because %d steps remain, but %d are required", left, needed)
             return
         if left < needed:
             raise InputError(
-                expected=f"at least {needed} steps ({WARMUP} of warm-up, {self.steps} to profile)",
+                expected=f"at least {needed} steps ({WARMUP} for warm-up and {self.steps} to profile)",
                 found=left,
-                remedy="raise --trainer.max_steps or lower --run.profile",
+                remedy="increase --trainer.max_steps or decrease --run.profile",
             )
         if not trainer.is_global_zero:
             return
@@ -58,7 +58,7 @@ class TraceRecorder(L.Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
             logger.info(
-                "Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path
+                "Wrote a trace of %d steps to %s. View the trace at https://ui.perfetto.dev", self.steps, path
             )
 
         self._profile = profile(

@@ -71,7 +71,9 @@ class UtilizationMeter:
                     self._costs = simulate_step(self.lrm, self.renderer, self.objective, self.parallel, shape)
             # A custom network may not support fake tensors. Training then continues without this metric.
             except Exception as error:
-                logger.warning("speed/mfu is not logged: the network cannot run on fake tensors: %r", error)
+                logger.warning(
+                    "speed/mfu is not logged, because the network cannot run on fake tensors: %r", error
+                )
                 self._failed = True
                 return None
         start = self.objective.lpips_start_step if self.objective.lpips else None

@@ -39,7 +39,7 @@ class ViewLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect the rows of the first objects."""
+        """Collect the rows of the first objects of each validation set."""
         assert isinstance(outputs, Prediction)
         rows = self._rows[EVALUATION_SETS[dataloader_idx]]
         if len(rows) < self.objects:
@@ -47,7 +47,7 @@ class ViewLogger(L.Callback):
             rows += [view_row(outputs, batch, index) for index in real[: self.objects - len(rows)]]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Write the grids on rank 0."""
+        """Write and log the image grids on rank 0."""
         if not trainer.is_global_zero:
             return
         folder = trainer_folder(trainer) / "views"

@@ -148,7 +148,7 @@ def test_run_profile_writes_a_trace_with_the_operators_of_the_package(quick, tmp
         ["fit", *quick, "--run.profile", "2", "--trainer.max_steps", "7", "--trainer.limit_val_batches", "0"]
     )
     path = tmp_path / "run" / "profile" / "rank0-steps-6-7.pt.trace.json"
-    assert f"Wrote a trace of 2 steps to {path}. Open it in https://ui.perfetto.dev" in caplog.text
+    assert f"Wrote a trace of 2 steps to {path}. View the trace at https://ui.perfetto.dev" in caplog.text
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("_Deferred") == 2
     assert names.count("_DeferredBackward") == 2
