@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lrm_pl.checkpoints.files import FileRecords, hashed_file, sync_folder
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.storage import is_local, open_store, store_errors
 
 FORMAT_VERSION = 1
@@ -27,7 +27,7 @@ _HASHING_THREADS = 4
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, incomplete, damaged, unsafe to load, or belongs to a different model."""
+    """A checkpoint is missing, incomplete, damaged or unsafe to load, or belongs to a different model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,10 @@ def finalize_checkpoint(path: str, step: int, run: Mapping[str, Any], files: Fil
     fs, inner = open_store(folder)
     with store_errors(folder):
         for name, (size, _) in files.items():
-            found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
-            if found != size:
+            found = f"{fs.size(f'{inner}/{name}')} bytes" if fs.isfile(f"{inner}/{name}") else "no file"
+            if found != f"{size} bytes":
                 raise OSError(
-                    f"{folder}/{name}: expected {size} bytes, which a rank has written, but found {found}. "
+                    f"{folder}/{name}: expected a file of {size} bytes, but found {found}. "
                     "Make sure that all nodes share this folder"
                 )
     record: dict[str, Any] = {"version": FORMAT_VERSION, "step": step, "run": run, "files": files}
@@ -140,8 +140,8 @@ def remove_checkpoint(path: str) -> None:
 def remove_partial_checkpoints(folder: str, log: Callable[[str], None]) -> None:
     """Delete incomplete checkpoints of an interrupted run from a local folder.
 
-    No other run may use the folder. In an object store, this does nothing, because incomplete checkpoints have their
-    final path and are overwritten or pruned later.
+    No other run may use the folder. In an object store, this does nothing, because incomplete checkpoints are
+    stored at their final path and are overwritten or deleted later.
 
     Args:
         folder: Folder of the checkpoints.
@@ -188,7 +188,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
                 subject=path,
                 expected=f"checkpoint version {FORMAT_VERSION}",
                 found=f"{record['version']!r}",
-                remedy="use the version of lrm_pl that wrote it",
+                remedy="use the version of lrm_pl that wrote the checkpoint",
             )
         name = _NAME.fullmatch(path.rstrip("/").rsplit("/", 1)[-1])
         if record.pop("sha256") != _digest(record) or (name and int(name[1]) != record["step"]):
@@ -202,7 +202,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
         if METADATA_NAME not in files or unsafe:
             raise CheckpointError(
                 subject=subject,
-                expected=f"the names of {METADATA_NAME} and other files in the same folder",
+                expected=f"the names of {METADATA_NAME} and of other files in the same folder",
                 found=f"{unsafe[:3] or list(files)[:3]}",
                 remedy="do not trust this checkpoint",
             )
@@ -211,7 +211,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            subject=subject, expected="the index of a checkpoint", found=f"{error!r}"
+            subject=subject, expected="a valid index of a checkpoint", found=f"{error!r}"
         ) from error
 
 
@@ -270,9 +270,9 @@ def newest_checkpoint(folder: str, warn: Callable[[str], None]) -> Checkpoint | 
         return None
     if paths:
         raise CheckpointError(
-            expected=f"a valid checkpoint among the {len(paths)} in {folder}",
-            found="none",
-            remedy="pass another checkpoint (--run.resume PATH) or start in a new folder (--run.folder)",
+            expected=f"a valid checkpoint in {folder}",
+            found=counted(len(paths), "invalid checkpoint"),
+            remedy="pass another checkpoint with --run.resume PATH, or a new folder with --run.folder",
         )
     return None
 

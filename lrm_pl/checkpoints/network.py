@@ -10,7 +10,7 @@ _NETWORK, _AVERAGE = "network.", "average."
 
 
 def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers of a network by checkpoint name (``network.*``). They share memory with it."""
+    """Return the weights and buffers of a network by checkpoint name (``network.*``), without copying them."""
     return {f"{_NETWORK}{name}": tensor for name, tensor in lrm.state_dict().items()}
 
 
@@ -64,7 +64,7 @@ def averaged_names(checkpoint: Checkpoint) -> list[str]:
         raise CheckpointError(
             subject=checkpoint.path,
             expected="a moving average of the weights",
-            found="none, because the run had no lrm_pl.training.ema.WeightAverage",
-            remedy="omit --average, or `validate` of WeightAverage in a config",
+            found="none, because the run did not use lrm_pl.training.ema.WeightAverage",
+            remedy="omit --average, or set `validate` of WeightAverage to false in the config",
         )
     return names

@@ -14,7 +14,7 @@ from typing import Any
 
 from lrm_pl.checkpoints.files import hashed_file
 from lrm_pl.checkpoints.index import list_checkpoints
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.storage import MissingError, open_store, store_errors
 
 OWNER_NAME = "owner.json"
@@ -49,7 +49,7 @@ class Owner:
             raise InputError(
                 expected=f"exclusive use of {self.folder} by this run",
                 found=f"a newer run: {found}",
-                remedy="use one folder per run; the checkpoints that this run has written are complete",
+                remedy="use a separate folder for each run. The checkpoints written by this run are complete",
             )
 
 
@@ -71,10 +71,10 @@ def require_ownership(folder: str, run: str) -> None:
     if owner != run and (existing := list_checkpoints(folder)):
         raise InputError(
             expected=f"no checkpoints of another run in {folder}",
-            found=f"{len(existing)} of {owner}",
+            found=f"{counted(len(existing), 'checkpoint')} of {owner}",
             remedy=(
-                f"resume that run with --run.folder {owner}, or give CheckpointAndResume another folder (and start "
-                f"from --run.resume {existing[0]}); if the same run was moved, delete "
+                f"resume that run with --run.folder {owner}, or set a different folder of CheckpointAndResume (and "
+                f"start from the checkpoint with --run.resume {existing[0]}). If this run was moved, delete "
                 f"{folder.rstrip('/')}/{OWNER_NAME}"
             ),
         )

@@ -86,7 +86,7 @@ class Retention:
 
 
 def _stored_score(path: str, monitor: str | None) -> float | None:
-    """Return the score of a checkpoint, or None if the checkpoint is incomplete or has no score in the metric."""
+    """Return the score of a checkpoint, or None if the checkpoint is incomplete or has no score for the metric."""
     try:
         run = read_index(path).run
     except CheckpointError:

@@ -47,14 +47,14 @@ def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
             raise InputError(
                 expected=f"no checkpoints in {folder}",
                 found=len(existing),
-                remedy="resume from them (--run.resume auto) or start in another folder (--run.folder)",
+                remedy="resume the run with --run.resume auto, or use another folder with --run.folder",
             )
         return None
     if folder is None or (resume != "auto" and not existing):
         return None if resume == "auto" else find_checkpoint(resume)
     if resume != "auto":
         _require_other_run(resume, existing[0])
-        logger.warning("Resuming from this run's own checkpoints; --run.resume %s is ignored", resume)
+        logger.warning("Resuming from the checkpoints of this run. --run.resume %s is ignored", resume)
     return newest_checkpoint(folder, logger.warning)
 
 
@@ -63,10 +63,10 @@ def _require_other_run(resume: str, newest: str) -> None:
     if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
         raise InputError(
             expected="--run.resume with a checkpoint of another run",
-            found=f"{resume}, in the folder of this run, whose newest checkpoint is {newest}",
+            found=f"{resume} in the folder of this run, whose newest checkpoint is {newest}",
             remedy=(
-                "omit --run.resume to resume from the newest; to go back, use another --run.folder or delete the "
-                "later checkpoints"
+                "omit --run.resume to resume from the newest checkpoint. To resume from an earlier checkpoint, use "
+                "another --run.folder or delete the later checkpoints"
             ),
         )
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lrm_pl.checkpoints.files import FileRecords, hashed_file
 from lrm_pl.checkpoints.index import METADATA_NAME, Checkpoint, CheckpointError, create_partial, partial_path
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.storage import open_store, store_errors
 
 
@@ -67,7 +67,7 @@ def tensor_specs(checkpoint: Checkpoint) -> dict[str, Tensor]:
             raise CheckpointError(
                 subject=checkpoint.path,
                 expected="only tensors",
-                found=f"a pickle for {name}",
+                found=f"a pickled object {name}",
                 remedy="do not trust this checkpoint",
             )
         specs[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -96,13 +96,18 @@ def require_tensors(
     wrong = [name for name, tensor in expected.items() if found.get(name) != tensor.shape]
     unexpected = [name for name in found if prefix and name.startswith(prefix) and name not in expected]
     if wrong or unexpected:
-        problem = f"{len(wrong)} missing or with a different shape {wrong[:3]}"
+        problems = {"missing or mismatched tensor": wrong, "unexpected tensor": unexpected}
         raise CheckpointError(
             subject=checkpoint.path,
             expected="the tensors of this model",
-            found=f"{problem} and {len(unexpected)} unexpected {unexpected[:3]}",
-            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
+            found=" and ".join(_example(noun, names) for noun, names in problems.items() if names),
+            remedy="pass the config of the run that wrote the checkpoint with -c RUN/config.yaml",
         )
+
+
+def _example(noun: str, names: list[str]) -> str:
+    shown = names[:3] + (["..."] if len(names) > 3 else [])
+    return f"{counted(len(names), noun)} ({', '.join(shown)})"
 
 
 def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
@@ -247,7 +252,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def _load_errors(path: str) -> Iterator[None]:
     """Convert errors that occur while a file is loaded to ``CheckpointError``.
 
-    The message names a function that the pickle would call.
+    The message names the function that an unsafe pickle would call.
     """
     try:
         yield

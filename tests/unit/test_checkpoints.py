@@ -128,7 +128,7 @@ DAMAGES = {
     changed("step", 9): "expected the step in the folder's name",
     changed(
         "version", 2
-    ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote it",
+    ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote the checkpoint",
     changed("files", {}): r"expected the names of \.metadata.*Do not trust this checkpoint",
     changed("files", {"../x": [1, "0"], ".metadata": [1, "0"]}): r"\.\./x.*Do not trust",
     changed("files", 3): "expected the index of a checkpoint, but found AttributeError",
@@ -150,7 +150,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, damage)
         read_checkpoint(checkpoint_path(str(tmp_path), 2))
     damage(tmp_path / "step-00000001")
     with pytest.raises(
-        CheckpointError, match=r"expected a valid checkpoint among the 2 in .*--run.resume PATH"
+        CheckpointError,
+        match=r"expected a valid checkpoint in .*, but found 2 invalid checkpoints.*--run.resume PATH",
     ):
         newest_checkpoint(str(tmp_path), said.append)
 
@@ -170,7 +171,7 @@ def test_a_missing_file_of_another_rank_is_an_error(tmp_path):
     files = write_tensors(path, some_tensors())
     with pytest.raises(
         OSError,
-        match=r"__1_0\.distcp: expected 5 bytes.*found none. Make sure that all nodes share this folder",
+        match=r"__1_0\.distcp: expected a file of 5 bytes, but found no file. Make sure that all nodes",
     ):
         finalize_checkpoint(path, 1, {}, {**files, "__1_0.distcp": (5, "0")})
     assert list_checkpoints(str(tmp_path)) == []

@@ -183,7 +183,8 @@ def test_the_older_of_two_runs_in_one_folder_is_stopped(s3):
     newer = Owner("s3://bucket/run", "runs/newer")
     newer.require()
     with pytest.raises(
-        InputError, match=r"expected this run to be the only one.*a newer run: .*'run': 'runs/newer'"
+        InputError,
+        match=r"expected exclusive use of .* by this run, but found a newer run: .*'run': 'runs/newer'",
     ):
         older.require()
     Owner("s3://bucket/other", "runs/other")
