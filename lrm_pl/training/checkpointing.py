@@ -73,7 +73,8 @@ class CheckpointAndResume(L.Callback):
         mode: Mode = "max",
     ) -> None:
         if min(every, keep, 1 if keep_every is None else keep_every) < 1:
-            raise InputError("every, keep and keep_every of at least 1", f"{every}, {keep}, {keep_every}")
+            found = f"every={every}, keep={keep} and keep_every={keep_every}"
+            raise InputError(expected="every, keep and keep_every of at least 1", found=found)
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
         self.background, self.mode = background, mode
         self.folder = folder and os.path.expanduser(folder)
@@ -156,8 +157,8 @@ class CheckpointAndResume(L.Callback):
         if found is not None and trainer.ckpt_path is not None:
             raise InputError(
                 expected="one checkpoint to resume from",
-                found=f"ckpt_path {trainer.ckpt_path} and {found.path}",
-                remedy="omit ckpt_path, or give CheckpointAndResume another folder",
+                found=f"ckpt_path {trainer.ckpt_path} and the checkpoint {found.path}",
+                remedy="omit ckpt_path, or set a different folder of CheckpointAndResume",
             )
         last = None if found is None else found.step
         self._retention = Retention(folder, last, self.keep, self.keep_every, self.monitor, self.mode)
@@ -165,7 +166,7 @@ class CheckpointAndResume(L.Callback):
     # --- between steps
 
     def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Store the monitored metric."""
+        """Store the value of the monitored metric."""
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         self._score = None if value is None or math.isnan(value) else float(value)
         if self.monitor and value is None and not (self._warned or trainer.sanity_checking):
@@ -173,7 +174,8 @@ class CheckpointAndResume(L.Callback):
             if trainer.is_global_zero:
                 names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
                 logger.warning(
-                    "No best checkpoint is kept, because the validation has no metric %s; it has %s",
+                    "No best checkpoint is kept, because validation does not log the metric %s. "
+                    "The logged metrics are: %s",
                     self.monitor,
                     ", ".join(names) or "none",
                 )
@@ -236,8 +238,7 @@ class CheckpointAndResume(L.Callback):
         self._lock = None
         self.signals.restore()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            message = "Interrupted at step %d. The newest complete checkpoint is %s"
-            logger.warning(message, trainer.global_step, self.newest or "none")
+            logger.warning("Interrupted at step %d. %s", trainer.global_step, self._newest_message())
 
     def teardown(self, *_: object, **__: object) -> None:
         """Release the lock of the folder and restore the signal handlers."""
@@ -252,15 +253,18 @@ class CheckpointAndResume(L.Callback):
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._flag_group)
         return [bool(flag) for flag in values.tolist()]
 
+    def _newest_message(self) -> str:
+        if self.newest is None:
+            return "No checkpoint was completed"
+        return f"The newest complete checkpoint is {self.newest}"
+
     def _write_error(self, trainer: L.Trainer, step: int) -> Exception:
         """Return the error for a checkpoint that could not be written."""
         error = self._failure
         if error is not None and not isinstance(error, OSError):
             return error
         cause = "see the log of another rank" if error is None else str(error)
-        newest = (
-            f". The newest complete checkpoint is {self.newest or 'none'}" if trainer.is_global_zero else ""
-        )
+        newest = f". {self._newest_message()}" if trainer.is_global_zero else ""
         remedy = "Free some space" if getattr(error, "errno", None) in NO_SPACE_ERRORS else "Fix the cause"
         return InputError(
             f"A checkpoint could not be written to {self.folder} by step {step}: {cause}{newest}. "

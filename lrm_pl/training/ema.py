@@ -35,7 +35,7 @@ class WeightAverage(L.Callback):
         self._loaded: dict[str, torch.Tensor] = {}  # full tensors of a Lightning checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the trainer has only one moving average.
+        """Check that the trainer has at most one ``WeightAverage`` callback.
 
         Raises:
             InputError: The trainer has several ``WeightAverage`` callbacks.
@@ -43,9 +43,9 @@ class WeightAverage(L.Callback):
         count = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if count > 1:
             raise InputError(
-                expected="one WeightAverage among trainer.callbacks, because checkpoints store one average",
+                expected="one WeightAverage in trainer.callbacks, because a checkpoint stores one average",
                 found=count,
-                remedy="remove the others",
+                remedy="remove the other WeightAverage callbacks",
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,7 +70,7 @@ class WeightAverage(L.Callback):
         """Restore the average from a Lightning checkpoint."""
         self._loaded = checkpoint.get("average", {})
         if not self._loaded:
-            logger.warning("The checkpoint has no moving average; it starts from the weights")
+            logger.warning("The checkpoint has no moving average, so the average starts from the weights")
 
     def reset(self, module: LRMModule) -> None:
         """Set the average to the weights."""
@@ -94,7 +94,7 @@ class WeightAverage(L.Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Swap the weights with the average."""
+        """Exchange the weights and the average."""
         if not (self.validate and self.average):
             return
         assert isinstance(pl_module, LRMModule)
@@ -117,7 +117,7 @@ def _float_copy(tensor: StateTensor) -> StateTensor:
 
 
 def validates_with_average(config: Path) -> bool:
-    """Return whether a run with this config file validates the moving average of the weights."""
+    """Return whether validation uses the moving average of the weights in a run with this config file."""
     callbacks = (yaml.safe_load(config.read_text()).get("trainer") or {}).get("callbacks") or []
     name = f"{WeightAverage.__module__}.{WeightAverage.__qualname__}"
     return any(one["init_args"]["validate"] for one in callbacks if one["class_path"] == name)

@@ -1,7 +1,7 @@
 """Skipping of optimizer steps whose gradient is not finite or too large.
 
-The decision depends on the norm of the gradient that is reduced over ranks, so it is equal on all ranks. It is made
-and applied on the device of the gradient, and is copied to the host asynchronously.
+The decision depends on the norm of the gradient that is reduced over ranks, so it is equal on all ranks. The
+decision is made and applied on the device of the gradient, and is copied to the host asynchronously.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class DivergedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Criteria for skipping a step. A skipped step counts as a step, but does not change weights, moments and averages.
+    """Criteria for skipping a step. A skipped step counts as a step, but does not change weights, moments or averages.
 
     Attributes:
         patience: Number of consecutive skipped steps after which the run stops.

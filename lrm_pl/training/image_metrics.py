@@ -53,7 +53,7 @@ class ImageMetricsLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the metrics with the samples of a batch whose weight is not zero."""
+        """Update the metrics with the samples in a batch that have a nonzero weight."""
         # One device synchronization, instead of one per boolean mask.
         real = batch.weight.nonzero().squeeze(-1)
         if len(real):
@@ -72,7 +72,9 @@ class ImageMetricsLogger(L.Callback):
                 result = metric.compute()
             except NotFiniteError as error:  # the gradient guard stops the run if needed
                 if trainer.is_global_zero:
-                    logger.warning("Step %d, %s: %s", trainer.global_step, name, error)
+                    logger.warning(
+                        "The metrics of %s at step %d are NaN: %s", name, trainer.global_step, error
+                    )
             for key in ("psnr", "psnr_pooled", "ssim", *(["lpips"] if self.perceptual is not None else [])):
                 value = math.nan if result is None else getattr(result, key)
                 pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)

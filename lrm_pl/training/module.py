@@ -117,8 +117,9 @@ class LRMModule(L.LightningModule):
         self._set_learning_rate(self.trainer.optimizers[0])
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
-                "The encoder %s starts from random weights. To load pretrained ones, call "
-                "encoder.load_pretrained(load_encoder_state(...)) of lrm_pl.weights.encoders",
+                "The encoder %s starts from random weights. To load pretrained weights, call "
+                "encoder.load_pretrained(load_encoder_state(...)), with load_encoder_state "
+                "from lrm_pl.weights.encoders",
                 self.lrm.encoder.name,
             )
 
@@ -136,10 +137,10 @@ class LRMModule(L.LightningModule):
         """
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
             raise InputError(
-                expected="a file of Trainer.save_checkpoint",
+                expected="a file written by Trainer.save_checkpoint",
                 found=f"the folder {checkpoint_path}",
                 remedy=(
-                    "for inference, use lrm_pl.LRMPipeline.from_pretrained(folder); to load the weights, use "
+                    "for inference, use lrm_pl.LRMPipeline.from_pretrained(folder). To load the weights, use "
                     "lrm_pl.checkpoints.network.load_network"
                 ),
             )

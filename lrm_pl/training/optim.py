@@ -79,7 +79,7 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
         step: Index of the optimizer step, starting at 0.
         steps: Number of optimizer steps of the run.
         warmup: Number of warm-up steps as a fraction of all steps.
-        final: Ratio at the end of the run.
+        final: Value of the ratio at the end of the run.
     """
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:

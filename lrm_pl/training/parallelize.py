@@ -106,7 +106,7 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """Shard tokens and embeddings (1, N, D) along N or D, because FSDP2 would pad the first dimension."""
+    """Return the placement of tokens and embeddings (1, N, D), which are sharded along N or D to avoid padding."""
     if parameter.shape[0] >= shards:
         return None
     return next((Shard(d) for d, size in enumerate(parameter.shape) if size % shards == 0), None)

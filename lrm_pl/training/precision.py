@@ -30,9 +30,9 @@ def require_supported_precision(precision: str) -> str:
     precision = _SHORT.get(precision, precision)
     if precision not in DTYPES:
         raise InputError(
-            expected=f"trainer.precision {', '.join(DTYPES)}",
+            expected=f"trainer.precision {', '.join(list(DTYPES)[:-1])} or {list(DTYPES)[-1]}",
             found=precision,
-            remedy="use bf16-mixed for float32 weights and bfloat16 products",
+            remedy="use bf16-mixed for float32 weights and bfloat16 matrix products",
         )
     return precision
 

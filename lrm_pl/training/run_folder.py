@@ -44,7 +44,7 @@ class RunLock:
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either error
             raise InputError(
                 f"Another run is using {folder}",
-                remedy="wait until it ends, or use another folder (--run.folder, or folder of CheckpointAndResume)",
+                remedy="wait until it ends, or set another folder (--run.folder, or folder of CheckpointAndResume)",
             ) from error
 
 
@@ -98,9 +98,9 @@ def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN40
             if path is None:
                 continue
             raise InputError(
-                expected="trainer.logger as a logger or false",
-                found=f"{logger_config}, with which Lightning would not write to the run's folder",
-                remedy="omit the option for TensorBoard",
+                expected="a logger or false for trainer.logger",
+                found=f"{logger_config}, for which Lightning does not use the folder of the run",
+                remedy="omit trainer.logger to use TensorBoard",
             )
         if logger_config.get("init_args") is None:
             logger_config["init_args"] = {}

@@ -57,10 +57,12 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
     tensors = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in missing}
     if trainer.is_global_zero:
         for prefix in sorted(missing):
-            logger.warning("%s has no tensors %s.*; %s", checkpoint.path, prefix, OPTIONAL[prefix])
+            logger.warning(
+                "%s contains no tensors named %s.*, so %s", checkpoint.path, prefix, OPTIONAL[prefix]
+            )
         if "average" in stored and not averages:
             logger.warning(
-                "%s has a moving average, which this run does not continue without a WeightAverage",
+                "%s contains a moving average, which is ignored, because this run has no WeightAverage callback",
                 checkpoint.path,
             )
     read_state(checkpoint, tensors)

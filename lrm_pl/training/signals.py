@@ -73,11 +73,12 @@ class StopSignals:
         os.write(self._write_end, bytes([number]))
 
     def _handle(self) -> None:
-        """Log the effect of SIGINT and create the file for SIGUSR1. This runs in the thread."""
+        """Log a message after SIGINT, and create the file that requests requeueing after SIGUSR1, in the thread."""
         while (byte := os.read(self._read_end, 1)) != _END:
             if byte[0] == signal.SIGINT:
                 logger.warning(
-                    "Stopping after this step with a checkpoint. Press Ctrl-C again to stop now, without a checkpoint"
+                    "Saving a checkpoint and stopping after this step. "
+                    "Press Ctrl-C again to stop immediately without a checkpoint"
                 )
             note = os.environ.get(REQUEUE_NOTE)
             if note and byte[0] == signal.SIGUSR1:

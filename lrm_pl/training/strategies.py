@@ -39,10 +39,10 @@ def require_supported_strategy_name(name: str) -> None:
 
 
 def require_supported_start_method(method: str | None) -> None:
-    """Reject start methods that fork or spawn workers, because the workers end before the report is written.
+    """Reject start methods that fork or spawn processes, because these processes end before the report is written.
 
     Args:
-        method: ``start_method`` of a DDP strategy. If None, the default start method.
+        method: ``start_method`` of a DDP strategy. If None, the default start method is used.
 
     Raises:
         InputError: The start method is not supported.
@@ -51,7 +51,7 @@ def require_supported_start_method(method: str | None) -> None:
         raise InputError(
             expected="start_method popen",
             found=f"{method}, whose processes end before the report is written",
-            remedy="omit it: -c configs/trainer/ddp.yaml",
+            remedy="omit start_method, or use -c configs/trainer/ddp.yaml",
         )
 
 
@@ -101,9 +101,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._setup_distributed()
         if self.replicas < 1 or self.world_size % self.replicas:
             raise InputError(
-                expected=f"a number of replicas that divides the {self.world_size} processes",
+                expected=f"a number of replicas that divides the number of processes, {self.world_size}",
                 found=self.replicas,
-                remedy="use one replica per node: --trainer.strategy.init_args.replicas NODES",
+                remedy="use one replica per node with --trainer.strategy.init_args.replicas NODES",
             )
         shape, names = mesh_shape(self.world_size, self.replicas)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.training.precision import require_supported_precision
 from lrm_pl.training.strategies import require_supported_strategy
 
@@ -52,7 +52,7 @@ _UNSUPPORTED_CALLBACKS: dict[type[Callback], tuple[str, str]] = {
 }
 
 
-#: Trainer setting -> remedy for an unsupported value. The default is to correct or omit it.
+#: Trainer setting -> remedy for an unsupported value. The default remedy is to correct or omit it.
 _REMEDIES = {
     "log_every_n_steps": "use 0 to disable logging of training steps",
     "overfit_batches": "to overfit, train on a dataset of one object, as configs/experiment/overfit.yaml does",
@@ -74,7 +74,7 @@ def require_rules(
         owner: Object whose attributes are the settings.
         section: Prefix of the settings in the config.
         rules: Mapping from a rule to whether it is met. A rule begins with the name of a setting.
-        remedies: Mapping from the name of a setting to a remedy. The default is to correct or omit it.
+        remedies: Mapping from the name of a setting to a remedy. The default remedy is to correct or omit it.
 
     Raises:
         InputError: A rule is not met.
@@ -119,7 +119,10 @@ def require_supported_settings(trainer: Any) -> None:  # noqa: ANN401 - Lightnin
         raise InputError(
             expected=f"trainer.val_check_interval as a positive multiple of accumulate_grad_batches {accumulate}",
             found="a duration" if interval is None else interval,
-            remedy=f"use --trainer.val_check_interval {multiple}, or --trainer.limit_val_batches 0 for no validation",
+            remedy=(
+                f"use --trainer.val_check_interval {multiple}, or --trainer.limit_val_batches 0 to disable "
+                "validation"
+            ),
         )
 
 
@@ -164,8 +167,8 @@ def require_builtin_optimizer(trainer: L.Trainer) -> None:
     custom += [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     if custom or len(optimizers) != 1:
         raise InputError(
-            expected="only the AdamW of model.optimizer",
-            found=f"{', '.join(custom) or len(optimizers)} from configure_optimizers",
+            expected="only the AdamW optimizer of model.optimizer",
+            found=f"{', '.join(custom) or counted(len(optimizers), 'optimizer')} from configure_optimizers",
             remedy="remove configure_optimizers, and set --model.optimizer.lr, warmup, betas and weight_decay",
         )
 
@@ -186,5 +189,5 @@ def require_optimized_parameters(module: nn.Module, network: nn.Module) -> None:
         raise InputError(
             expected="trainable parameters in module.lrm only",
             found=f"{', '.join(others)}, which would be neither optimized nor saved",
-            remedy="move them into the network, or freeze them with requires_grad_(False)",
+            remedy="move the parameters into the network, or freeze them with requires_grad_(False)",
         )

@@ -49,7 +49,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         return data
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the autocast context. The engine enters autocast too; see ``ZeroStrategy.init_deepspeed``."""
+        """Return the autocast context. The engine also enters autocast (see ``ZeroStrategy.init_deepspeed``)."""
         if self.precision == "32-true":
             return contextlib.nullcontext()
         from deepspeed.accelerator import get_accelerator
@@ -94,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     ) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(
-                "DeepSpeed is not installed, but this strategy needs it",
+                "DeepSpeed is not installed, but this strategy requires it",
                 remedy="install it with pip install 'lrm_pl[deepspeed]'",
             )
         super().__init__(

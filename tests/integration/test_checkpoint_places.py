@@ -58,7 +58,7 @@ class Intruder(L.Callback):
 def test_a_run_stops_if_a_newer_run_writes_to_its_bucket(fit, s3):
     bucket = "s3://bucket/run"
     intruder = {"class_path": f"{__name__}.Intruder", "init_args": {"folder": bucket}}
-    with pytest.raises(SystemExit, match=r"a newer run: .*runs/newer.*Use one folder per run"):
+    with pytest.raises(SystemExit, match=r"a newer run: .*runs/newer.*Use a separate folder for each run"):
         fit("run", 8, keeper(folder=bucket), intruder)
     assert [checkpoint_step(path) for path in list_checkpoints(bucket)] == [2]
 
@@ -80,7 +80,7 @@ def test_a_new_run_does_not_resume_from_checkpoints_of_another_run(fit, tmp_path
     fit("a", 2, keeper(folder=shared))
     with pytest.raises(
         SystemExit,
-        match=rf"no checkpoints of another run in .*, but found 1 of {tmp_path}/a. Resume that run",
+        match=rf"no checkpoints of another run in .*, but found 1 checkpoint of {tmp_path}/a. Resume that run",
     ):
         fit("b", 4, keeper(folder=shared))
     assert not (tmp_path / "b" / "config.yaml").exists()
@@ -100,7 +100,7 @@ def test_a_run_continues_if_old_checkpoints_cannot_be_deleted(fit, monkeypatch, 
 def test_a_warning_is_logged_if_a_run_does_not_continue_the_average(fit, caplog):
     fit("run", 2, keeper(), AVERAGE)
     fit("run", 4, keeper())
-    assert "has a moving average, which this run does not continue" in caplog.text
+    assert "contains a moving average, which is ignored" in caplog.text
 
 
 def test_a_resumed_run_keeps_earlier_configs_and_validation_does_not_change_the_run(fit, tmp_path, shards):

@@ -117,7 +117,7 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(run, capsys):
         assert record["network"]["sha256"] == LRMPipeline.from_pretrained(run).sha256
         assert bool(record["mesh"]) != bool(record["warnings"])
         # after two steps, an object may have no surface, which is logged
-        assert ("mesh.glb" in files) != (f"No mesh of {key}" in output)
+        assert ("mesh.glb" in files) != (f"No mesh was written for {key}" in output)
 
 
 def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(here, run, tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_validate_and_test_measure_a_checkpoint_and_reject_an_incompatible_one(h
     assert set(tmp_path.iterdir()) == files, "no new run is created"
     with pytest.raises(
         SystemExit,
-        match=r"expected the tensors of this model, but found 25 missing or with a different shape.*config\.yaml",
+        match=r"expected the tensors of this model, but found 25 missing or mismatched tensors.*config\.yaml",
     ):
         main(["validate", *here, "--model.lrm.dim", "32", "--ckpt_path", path])
     with pytest.raises(

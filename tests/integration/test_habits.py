@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("default")
         (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "should be an int > 0"),
         (
             ["--trainer.callbacks+=lrm_pl.training.checkpointing.CheckpointAndResume", "--trainer.callbacks.every=0"],
-            "expected every, keep and keep_every of at least 1, but found 0",
+            "expected every, keep and keep_every of at least 1, but found every=0",
         ),
         (["--trainer.max_steps=${nosuch.key}"], "in the config: Interpolation key 'nosuch.key'"),
         (["--trainer.max_steps=${oc.env:LRM_NOT_SET}"], "Environment variable 'LRM_NOT_SET' not found"),

@@ -228,12 +228,14 @@ def test_optimizers_schedules_and_data_that_cannot_be_resumed_are_rejected(fit, 
     )  # fmt: skip
     own = OwnOptimizer(module.lrm, module.renderer, module.objective)
     with pytest.raises(
-        InputError, match=r"only the AdamW of model.optimizer, but found StepLR from configure_optim"
+        InputError,
+        match=r"only the AdamW optimizer of model.optimizer, but found StepLR from configure_optim",
     ):
         plain().fit(own, trainer.datamodule)
     own.configure_optimizers = lambda: torch.optim.SGD(own.lrm.parameters(), lr=0.1)
     with pytest.raises(
-        InputError, match=r"only the AdamW of model.optimizer, but found SGD from configure_optimizers"
+        InputError,
+        match=r"only the AdamW optimizer of model.optimizer, but found SGD from configure_optimizers",
     ):
         plain().fit(own, trainer.datamodule)
     loader = trainer.datamodule.train_dataloader()
@@ -306,7 +308,9 @@ def test_images_with_nan_values_result_in_nan_metrics(fit, tmp_path, caplog):
     )  # fmt: skip
     found = plain.validate(module, trainer.datamodule, verbose=False)
     assert all(math.isnan(part[name]) for part in found for name in part if name.startswith("val/"))
-    assert "Step 0, heldout: image metrics: expected finite predictions" in caplog.text
+    assert (
+        "The metrics of heldout at step 0 are NaN: image metrics: expected finite predictions" in caplog.text
+    )
 
 
 def test_the_default_objective_loads_its_lpips_network(fit, monkeypatch):

@@ -66,7 +66,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_from_it(here, tmp_path):
     assert process.wait(60) == 75, "".join(output)
     reader.join()
     text = "".join(output)
-    assert "Stopping after this step with a checkpoint. Press Ctrl-C again" in text
+    assert "Saving a checkpoint and stopping after this step. Press Ctrl-C again" in text
     assert "stopped by a signal after step" in text
     assert "Traceback" not in text
     assert "--run.folder" in text

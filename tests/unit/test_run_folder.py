@@ -141,7 +141,7 @@ def test_a_restarted_run_resumes_from_its_own_checkpoints(tmp_path, caplog):
     own = tmp_path / "second" / "checkpoints"
     write(own, 15)
     assert choose_checkpoint(path, str(own)).step == 15
-    assert "Resuming from this run's own checkpoints" in caplog.text
+    assert "Resuming from the checkpoints of this run" in caplog.text
 
 
 def test_resume_rejects_an_earlier_checkpoint_of_the_same_run(tmp_path):
@@ -222,7 +222,7 @@ def test_the_home_folder_is_expanded_in_data_and_checkpoint_folders(monkeypatch,
 
 @pytest.mark.parametrize("choice", [True, None])
 def test_loggers_without_a_folder_are_rejected(choice, tmp_path):
-    with pytest.raises(InputError, match=r"expected trainer\.logger as a logger or false"):
+    with pytest.raises(InputError, match=r"expected a logger or false for trainer\.logger"):
         set_logger_folders(choice, str(tmp_path))
 
 
