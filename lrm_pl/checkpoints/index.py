@@ -211,7 +211,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            subject=subject, expected="a valid index of a checkpoint", found=f"{error!r}"
+            subject=subject, expected="a valid checkpoint index", found=f"{error!r}"
         ) from error
 
 

@@ -121,9 +121,9 @@ DAMAGES = {
     truncated: "expected .* bytes with SHA-256 .*, but found .* bytes: the checkpoint is damaged",
     flipped: "expected .* bytes with SHA-256 .*, but found a different hash: the checkpoint is damaged",
     missing_file: "but found no file: the checkpoint is damaged",
-    no_json: "expected the index of a checkpoint, but found JSONDecodeError",
-    no_text: "expected the index of a checkpoint, but found UnicodeDecodeError",
-    a_list: "expected the index of a checkpoint, but found TypeError",
+    no_json: "expected a valid checkpoint index, but found JSONDecodeError",
+    no_text: "expected a valid checkpoint index, but found UnicodeDecodeError",
+    a_list: "expected a valid checkpoint index, but found TypeError",
     a_step_changed: "a matching SHA-256, but found a different step or content: the index is damaged",
     changed("step", 9): "expected the step in the folder's name",
     changed(
@@ -131,7 +131,7 @@ DAMAGES = {
     ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote the checkpoint",
     changed("files", {}): r"expected the names of \.metadata.*Do not trust this checkpoint",
     changed("files", {"../x": [1, "0"], ".metadata": [1, "0"]}): r"\.\./x.*Do not trust",
-    changed("files", 3): "expected the index of a checkpoint, but found AttributeError",
+    changed("files", 3): "expected a valid checkpoint index, but found AttributeError",
 }
 
 
