@@ -69,7 +69,9 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     folder = out or DEFAULT_FOLDER / f"{a.absolute().name}-{b.absolute().name}"
     require_out(folder)
     if out is None and (folder / TABLE_NAME).is_file() and (folder / TABLE_NAME).read_bytes() != text:
-        raise InputError(expected=f"no other comparison in {folder}", found="one", remedy="pass --out FOLDER")
+        raise InputError(
+            expected=f"no other comparison in {folder}", found="one", remedy="pass another folder with --out"
+        )
     title = f"Comparison: {protocol.name}; {names[0]}, {names[1]}"
     page = render_comparison(title, rows, better, differences, {"A": a, "B": b}, by_difference)
     write_atomically(folder / PAGE_NAME, page.encode())

@@ -50,7 +50,7 @@ class EvaluationDataset:
         if not self.samples:
             raise NoObjectsError(
                 subject=data,
-                expected=f"objects of the split {split!r} with ids {pattern!r}",
+                expected=f"objects of the split {split!r} with ids that match {pattern!r}",
                 found=f"none among {len(self.samples_of(split))}",
                 remedy="pass another --split or --ids, or render with --held-out",
             )

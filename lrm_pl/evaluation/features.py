@@ -27,10 +27,11 @@ Embed = Callable[[Tensor], Tensor]
 
 
 def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
-    """Load CLIP's image encoder.
+    """Load the image encoder of CLIP.
 
     Args:
-        path: File with the state dict of ``CLIP_NAME`` in timm (.safetensors or .pth), including the projection head.
+        path: File with the state dict of the timm model ``CLIP_NAME`` (.safetensors or .pth), including the projection
+            head.
         sha256: Expected sha256 of the file.
         device: Device of the network.
 
@@ -48,7 +49,7 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise InputError(
-            subject=path, expected=f"the state dict of timm's {CLIP_NAME}", found=error
+            subject=path, expected=f"the state dict of the timm model {CLIP_NAME}", found=error
         ) from error
     network = network.eval().requires_grad_(False).to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_CLIP_MEAN, _CLIP_STD))
@@ -80,7 +81,7 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         raise InputError(
             expected="torch-fidelity to measure FID and KID",
             found="none",
-            remedy="pip install -e '.[evaluate]'",
+            remedy="install it with pip install -e '.[evaluate]'",
         ) from error
     found = resolve("inception", path=path, sha256=sha256)
     network = FeatureExtractorInceptionV3(
@@ -96,13 +97,13 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
 
 
 def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Compute FID and KID between the images of each row and the targets, with torchmetrics.
+    """Compute FID and KID between the targets and the images of the model and of each baseline, with torchmetrics.
 
     Args:
-        features: Features (n, d) of the targets (key "target") and of each row.
+        features: Features (n, d) of the targets (key "target"), the model and each baseline.
 
     Returns:
-        Metrics "fid" and "kid" of each row.
+        Metrics "fid" and "kid" of the model and each baseline.
     """
     found = {}
     for name, values in features.items():
@@ -129,7 +130,7 @@ def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
 
 
 class _PrecomputedFeatures(nn.Module):
-    """Feature extractor for torchmetrics that returns precomputed features, which are the input."""
+    """Feature extractor for torchmetrics whose input consists of precomputed features, which are returned unchanged."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

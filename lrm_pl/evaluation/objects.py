@@ -234,7 +234,7 @@ def reconstruct_sample(reconstruct: Reconstruct, sample: Sample, view: int) -> S
         raise SampleError(
             subject=f"sample {sample.info.id!r}",
             expected=f"an object in view {view}",
-            found="alpha 0 everywhere",
+            found="only transparent pixels",
         )
     c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))[0]
     return reconstruct(rgba, PosedCamera(c2w, torch.from_numpy(sample.fxfycxcy[view])))
@@ -248,7 +248,9 @@ def decode_over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "
     """
     rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     if len({image.shape for image in rgba}) > 1:
-        raise SampleError(subject=f"sample {sample.info.id!r}", expected="views of one size", found="several")
+        raise SampleError(
+            subject=f"sample {sample.info.id!r}", expected="views of the same size", found="different sizes"
+        )
     images, _ = over_white(torch.from_numpy(np.stack(rgba)))
     return images
 

@@ -2,8 +2,8 @@
 
 PSNR is computed per image from RGB values in [0, 1] over white. SSIM uses a Gaussian window of size 11 with data range
 1, as implemented by torchmetrics. LPIPS is computed with AlexNet and with VGG. Metrics are averaged over the images of
-an object, and then over objects. The F-score of an empty reconstruction is 0. The distances are undefined and excluded
-from the means, and the report states the number of objects in each mean.
+an object, and then over objects. The F-score of an empty reconstruction is 0. The other surface metrics are undefined
+and excluded from the means, and the report states the number of objects in each mean.
 """
 
 import dataclasses

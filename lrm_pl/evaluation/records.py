@@ -1,4 +1,4 @@
-"""Records of the objects of an evaluation, so that any number of processes can resume an interrupted evaluation.
+"""Records of the evaluated objects, which allow any number of processes to resume an interrupted evaluation.
 
 OUT/settings.json      protocol, weights and shards, which must match when an evaluation is resumed
 OUT/objects/ID.json    metrics of the model and the baselines for one object
@@ -80,7 +80,7 @@ def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             subject=path,
             expected=f"{name} {expected.get(name)!r}",
             found=f"{found.get(name)!r} in the folder",
-            remedy=f"{remedy} another --out, or delete {folder}",
+            remedy=f"{remedy} another folder with --out, or delete {folder}",
         )
     return first
 
@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object with sorted keys, so that equal records are stored as equal bytes."""
+    """Write a JSON object with sorted keys, so that the files of equal records are identical."""
     write_atomically(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -185,5 +185,8 @@ def damaged_file(path: Path, expected: str) -> Iterator[None]:
         zlib.error,
     ) as error:  # fmt: skip
         raise InputError(
-            subject=path, expected=expected, found=repr(error), remedy="delete it and run the command again"
+            subject=path,
+            expected=expected,
+            found=repr(error),
+            remedy="delete the file and run the command again",
         ) from error

@@ -79,7 +79,7 @@ def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict
 
 
 def incomplete_means(results: dict[str, Any]) -> str:
-    """List the metrics that some of the evaluated objects lack, or return "" if there are none."""
+    """List the metrics that are missing for some of the evaluated objects, or return "" if there are none."""
     objects = results["objects"]
     counts = results["objects of the mean"].items()
     return ", ".join(f"{metric}: {count} of {objects} objects" for metric, count in counts if count < objects)

@@ -266,11 +266,12 @@ def _print_results(
 ) -> None:  # fmt: skip
     """Print the table of results and possible next commands."""
     console.print(
-        f"{results['objects']} of {len(objects.samples)} objects of {options.data}, split {options.split}:"
+        f"Evaluated {results['objects']} of {len(objects.samples)} objects of the split {options.split!r} "
+        f"in {options.data}:"
     )
     console.print(markdown(mean_cells(results["mean"], metrics_of(protocol))))
     if short := incomplete_means(results):
-        console.print(f"Means over fewer objects: {short}")
+        console.print(f"Some means include fewer objects: {short}")
     notes = {key: "; ".join(each) for key, each in results["notes"].items()}
     for key, reason in (results["failed"] | notes).items():
         console.print(f"  {key}: {reason}")

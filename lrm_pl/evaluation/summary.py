@@ -65,7 +65,7 @@ def paired_differences(pairs: Sequence[ObjectRecord]) -> dict[str, Difference]:
             half_width = float(stats.t.ppf(0.975, len(values) - 1)) * error
             found[metric] = Difference(mean, mean - half_width, mean + half_width, len(values))
     if not found:
-        raise InputError(expected="at least two objects that both evaluations have", found="fewer")
+        raise InputError(expected="at least two objects in both evaluations", found="fewer")
     return found
 
 

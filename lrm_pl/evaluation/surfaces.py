@@ -115,7 +115,7 @@ def _normalized(points: Points) -> Points:
 
 
 def _nearest_cloud(clouds: Sequence[PointCloud], truth: PointCloud) -> PointCloud:
-    """Return the first point cloud with the smallest Chamfer distance from the reference."""
+    """Return the first of the point clouds that have the smallest Chamfer distance from the reference."""
     return min(clouds, key=lambda cloud: chamfer(cloud.points, truth.points))
 
 

@@ -116,7 +116,11 @@ class Viewer:
                 time.sleep(0.02)
 
     def _refresh(self, client: viser.ClientHandle) -> bool:
-        """Render for a visitor if the current rendering is outdated, and return whether it was."""
+        """Render for a visitor if the current rendering is outdated.
+
+        Returns:
+            Whether the rendering was outdated.
+        """
         view = self._views.get(client.client_id)
         height = _RESTING if view and time.monotonic() - view.moved > _REST_S else _MOVING
         if view is None or height == view.height:
@@ -176,7 +180,7 @@ class Viewer:
             self.object.value = name
             if self._show_object():
                 return
-        raise InputError(f"No object can be read. The last error: {self.state.content}")
+        raise InputError(f"No object can be read. The last error was: {self.state.content}")
 
     def _show_object(self) -> bool:
         """Reconstruct the selected object from the selected view, and show the result.
@@ -245,7 +249,7 @@ class Viewer:
         return Path(self.pipeline.source).name
 
     def _checkpoints(self) -> tuple[str, ...]:
-        """Return the names of the run's checkpoints, newest first, and of the loaded checkpoint if it was deleted."""
+        """Return the names of the checkpoints of the run, newest first. The loaded checkpoint is always included."""
         saved = [Path(path).name for path in list_checkpoints(str(Path(self.pipeline.source).parent))]
         return tuple(dict.fromkeys([*saved, self._loaded]))
 
@@ -318,6 +322,6 @@ def _list_objects(data: str) -> dict[str, tuple[EvaluationDataset, Any]]:
             found |= {f"{split}: {key}": (dataset, location) for key, location in dataset.samples}
     if not found:
         raise InputError(
-            subject=data, expected="objects", found="none", remedy="give other shards with --data FOLDER"
+            subject=data, expected="objects", found="none", remedy="pass other shards with --data FOLDER"
         )
     return found

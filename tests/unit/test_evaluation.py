@@ -45,7 +45,7 @@ def test_paired_differences_have_the_confidence_interval_of_students_t():
     assert (found.mean, found.objects) == (2.5, 4)
     assert (found.low, found.high) == pytest.approx((2.5 - reach, 2.5 + reach))
     assert paired_differences(pair_records(b, a))["psnr"].mean == -2.5
-    with pytest.raises(InputError, match="at least two objects that both evaluations have"):
+    with pytest.raises(InputError, match="at least two objects in both evaluations"):
         paired_differences(pair_records(a[:1], b))
 
 
@@ -190,7 +190,7 @@ def test_a_fully_transparent_input_view_is_a_sample_error():
     empty = encode_image(np.zeros((32, 32, 4), dtype=np.uint8))
     sample = dataclasses.replace(sample, views=(empty, *sample.views[1:]))
     with pytest.raises(
-        SampleError, match="sample 'a': expected an object in view 0, but found alpha 0 everywhere"
+        SampleError, match="sample 'a': expected an object in view 0, but found only transparent pixels"
     ):
         measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), PerceptualMetrics({}), {})
 
@@ -233,11 +233,11 @@ def test_the_folder_of_a_different_evaluation_is_rejected(tmp_path):
     open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
     assert open_evaluation(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
     with pytest.raises(
-        InputError, match=r"found True in the folder. Pass --baseline, or choose another --out"
+        InputError, match=r"found True in the folder. Pass --baseline, or choose another folder with --out"
     ):
         open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
     with pytest.raises(
-        InputError, match=r"expected limit 4, but found 3 in the folder. Choose another --out"
+        InputError, match=r"expected limit 4, but found 3 in the folder. Choose another folder with --out"
     ):
         open_evaluation(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
 
