@@ -80,7 +80,7 @@ def _open_session(content: bytes, source: Path) -> Any:  # noqa: ANN401 - rembg 
     class Session(U2netCustomSession):  # type: ignore[misc]
         @classmethod
         def download_models(cls, *_: object, **options: str) -> str:
-            """Return the given path. The method of the base class would copy the file into a folder of rembg."""
+            """Return the given path. The overridden method would copy the file into a folder of rembg."""
             return options["model_path"]
 
     options = onnxruntime.SessionOptions()

@@ -57,7 +57,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
             raise InputError(
                 expected="images with different names",
                 found=f"{named[name]} and {path}, which would both be written to OUT/{name}",
-                remedy="rename one of them",
+                remedy="rename one of the images",
             )
         named[name] = path
     return named, skipped

@@ -19,7 +19,7 @@ def find_model(name: str | None) -> str:
     """Return the name of a trained model after checking that it exists.
 
     Args:
-        name: Path of a run folder, a checkpoint or an exported folder, or a URL, which may be ``hf://owner/name`` for a
+        name: Path of a run folder, a checkpoint or a model folder, or a URL, which may be ``hf://owner/name`` for a
             repository on the Hugging Face Hub. URLs are not checked. If None, the newest run is used.
 
     Raises:
@@ -28,7 +28,7 @@ def find_model(name: str | None) -> str:
     name = name or newest_run()
     if "://" not in name and not Path(name).expanduser().exists():
         raise InputError(
-            expected="a run, a checkpoint or a folder of `lrm export`",
+            expected="a run, a checkpoint or a model folder",
             found=f"nothing at {name}",
             remedy=f"correct the path, or use {HUB}owner/name for a model on the Hugging Face Hub",
         )
@@ -51,7 +51,7 @@ def newest_run() -> str:
         raise InputError(
             expected=f"a trained model in {RUNS}",
             found="none",
-            remedy="train the demo (make train, ten minutes), or give a run, a checkpoint or an exported folder: "
-            "CKPT=... (--ckpt)",
+            remedy="train the demo model with `make train`, or pass a run, a checkpoint or a model folder with --ckpt "
+            "(CKPT=... for make)",
         )
     return str(max(runs, key=lambda path: int(path.name.removeprefix("version_"))))

@@ -123,7 +123,15 @@ def read_model_section(config: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, expected: str) -> dict[str, Any]:
-    """Read a file that contains a mapping, or raise an ``InputError`` with the expected content."""
+    """Read a YAML file that contains a mapping.
+
+    Args:
+        path: Path of the file.
+        expected: Description of the expected content in error messages.
+
+    Raises:
+        InputError: The file cannot be read or does not contain a mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -169,7 +177,9 @@ def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
     try:
         parsed = parser.parse_object({part: model.get(part, {}) for part in ("lrm", "renderer")})
     except ArgumentError as error:
-        raise InputError(expected="a model section of this version of lrm_pl", found=error) from error
+        raise InputError(
+            expected="a section model that is valid in this version of lrm_pl", found=error
+        ) from error
     built = parser.instantiate(parsed)
     return cast(LRM, built["lrm"]), cast(Renderer, built["renderer"])
 
@@ -194,7 +204,7 @@ def load_weights(network: LRM, folder: Path) -> None:
             subject=path,
             expected="a safetensors file",
             found=f"a damaged file ({error})",
-            remedy="download or export it again",
+            remedy="download or export the file again",
         ) from error
     keys = KeyMapper(str(path), weights)
     try:
@@ -204,6 +214,6 @@ def load_weights(network: LRM, folder: Path) -> None:
             subject=path,
             expected="the weights of this network",
             found="\n".join(str(error.found).splitlines()[:_MAX_LINES]),
-            remedy=f"use the config of these weights: -c {folder / CONFIG_NAME}",
+            remedy=f"pass the config of these weights with -c {folder / CONFIG_NAME}",
         ) from error
     network.load_state_dict(keys.weights, strict=True)

@@ -131,8 +131,8 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
             if config is not None or average:
                 raise InputError(
                     expected="a run or a checkpoint with the options --config and --average",
-                    found=f"the exported model {name}",
-                    remedy="omit these options, or export the average: lrm export RUN OUT --average",
+                    found=f"the model folder or repository {name}",
+                    remedy="omit these options, or export the average with `lrm export RUN OUT --average`",
                 )
             if on_hub:
                 path = _download(
@@ -216,7 +216,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
             InputError: ``repo_id`` does not contain the name of an owner.
         """
         if "/" not in repo_id:
-            raise InputError(expected="a repository's full name, owner/name", found=f"{repo_id!r}")
+            raise InputError(expected="the full name of a repository (owner/name)", found=f"{repo_id!r}")
         self._repository = repo_id
         try:
             return super().push_to_hub(repo_id, **options)
@@ -241,7 +241,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         image = _open(image)
         if has_background(image):
             if is_uniform(image):
-                raise ImageError(expected="an object in the image", found="one color everywhere")
+                raise ImageError(expected="an object in the image", found="an image of a single color")
             with stage("background"):
                 image = remove_background(image, self.remover)
             if not has_object(image):
@@ -285,7 +285,7 @@ def _open(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
             raise InputError(
-                expected="a uint8 array (H, W, 3 or 4)",
+                expected="a uint8 array of shape (H, W, 3) or (H, W, 4)",
                 found=f"{image.dtype} {image.shape}",
                 remedy="convert floats in [0, 1] with (255 * x).astype('uint8')",
             )
@@ -298,15 +298,15 @@ def _open(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
 def _read_framing(folder: Path) -> InputFraming | None:
     framing = read_framing(folder)
     if framing is None:
-        logger.warning("%s has no %s: images are framed as in the LRM paper", folder, FRAMING_NAME)
+        logger.warning("%s does not contain %s. Images are framed as in the LRM paper.", folder, FRAMING_NAME)
     return framing
 
 
 def _download(name: str, **options: Any) -> Path:  # noqa: ANN401 - options of snapshot_download
-    """Download the files of a model folder from the Hugging Face Hub into the cache, and return their folder."""
+    """Download the files of a model folder from the Hugging Face Hub into the cache, and return the folder."""
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the name is a path
         raise InputError(
-            expected=f"a folder of `lrm export`, a run or a checkpoint at {name}",
+            expected=f"a run, a checkpoint or a model folder at {name}",
             found="nothing",
             remedy="correct the path",
         )
@@ -318,6 +318,6 @@ def _download(name: str, **options: Any) -> Path:  # noqa: ANN401 - options of s
     ) as error:  # fmt: skip
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            expected=f"a folder of `lrm export`, or a repository of the Hugging Face Hub, named {name!r}",
+            expected=f"a model folder or a repository on the Hugging Face Hub named {name!r}",
             found=f"neither: {reason}",
         ) from error

@@ -1,4 +1,4 @@
-"""Reconstruction of an image file, with the mesh, the orbit and a record as files in a folder."""
+"""Reconstruction of the object in an image file, and output of the mesh, the orbit and a record to a folder."""
 
 import dataclasses
 import json
@@ -172,6 +172,6 @@ def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
     if foreign := sorted(name for name in files if name not in earlier and (out / name).exists()):
         raise InputError(
             expected=f"only files of an earlier `lrm infer` in {out}",
-            found=f"{', '.join(foreign)}, which its {RECORD_NAME} does not list",
-            remedy="move them away, or use another --out",
+            found=f"{', '.join(foreign)}, which {RECORD_NAME} does not list",
+            remedy="move these files to another folder, or pass another folder with --out",
         )

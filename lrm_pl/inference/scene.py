@@ -155,7 +155,7 @@ class Scene:
         Args:
             frames: Number of frames.
             size: Side length of a frame in pixels.
-            elevation_deg: Elevation of the orbit in degrees. The input camera has the elevation 0.
+            elevation_deg: Elevation of the orbit in degrees. The input camera has an elevation of 0.
 
         Yields:
             RGB images of shape (size, size, 3) with values in [0, 1].
@@ -192,20 +192,24 @@ def reconstruct(
         raise InputError(
             expected="a square image with 3 or 4 channels (RGB, or RGBA with straight alpha)",
             found=" x ".join(map(str, shape)),
-            remedy="crop it, or convert it to RGBA",
+            remedy="crop the image, or convert it to RGBA",
         )
     in_range = torch.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
     if not image.is_floating_point() or not in_range:
         raise InputError(
             expected="an image of floats in [0, 1]",
             found=f"{image.dtype} from {image.min():.3g} to {image.max():.3g}",
-            remedy="divide bytes by 255",
+            remedy="divide 8-bit values by 255",
         )
     if network.input_views != 1:
-        raise InputError(expected="a single-view network", found=f"one with {network.input_views} views")
+        raise InputError(
+            expected="a single-view network", found=f"a network with {network.input_views} input views"
+        )
     if shape[0] == 4 and not image[3].any():
         raise InputError(
-            expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
+            expected="an object in the image",
+            found="only transparent pixels",
+            remedy="check the alpha channel",
         )
     device = next(network.parameters()).device
     rgb = image.to(device).float()
@@ -220,7 +224,7 @@ def reconstruct(
 
 
 def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
-    """Extract the mesh of an object, and bake a texture if the options request it.
+    """Extract the mesh of an object, and bake a texture if ``options.texture`` is not 0.
 
     Returns:
         The mesh, and warnings about options that could not be satisfied.

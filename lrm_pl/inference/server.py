@@ -128,7 +128,8 @@ class ReconstructionQueue:
                 raise RequestError(499, "The client has disconnected.")
             if time.monotonic() > deadline:
                 raise RequestError(
-                    504, f"The time limit of {self.limits.seconds:g} s was exceeded before stage {name!r}."
+                    504,
+                    f"The time limit of {self.limits.seconds:g} s was exceeded before the stage {name!r}.",
                 )
 
         with listening(check, self.pipeline.synchronize) as seconds:
@@ -164,7 +165,7 @@ async def read_body(request: Request, limits: ServerLimits) -> bytes:
     """
     max_bytes = int(limits.megabytes * 1e6)
     content, size = bytearray(), 0
-    too_large = RequestError(413, f"The image has more than {limits.megabytes:g} MB.")
+    too_large = RequestError(413, f"The image file is larger than {limits.megabytes:g} MB.")
     try:
         async with asyncio.timeout(limits.upload_seconds):
             async for chunk in request.stream():
@@ -259,11 +260,11 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
         content = await read_body(request, limits)
         parameters = request.query_params
         if len(parameters.multi_items()) > len(parameters):
-            raise RequestError(422, f"A parameter is given more than once: {parameters}.")
+            raise RequestError(422, f"A parameter is specified more than once: {parameters}.")
         if found := describe_non_image(content, request.headers.get("content-type", "")):
             raise RequestError(
                 415,
-                f"The body must be the bytes of an image, but it is {found}. Use curl --data-binary @photo.png",
+                f"The body must be an image file, but it is {found}. Use `curl --data-binary @photo.png`.",
             )
         return await queue.reconstruct(content, options, request.is_disconnected)
 

@@ -46,7 +46,7 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
         raise InputError(
             expected="OpenCV to encode videos",
             found="none",
-            remedy="install it with pip install -e '.[infer]', or render no orbit: --frames 0",
+            remedy="install it with pip install -e '.[infer]', or disable the orbit with --frames 0",
         ) from error
     height, width = frames[0].shape[:2]
     with tempfile.TemporaryDirectory(prefix="lrm-orbit-") as folder:
@@ -54,7 +54,7 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), FPS, (width, height))
         if not writer.isOpened():
             raise InputError(
-                expected="OpenCV with a VP9 encoder", found=f"version {cv2.__version__} without one"
+                expected="OpenCV with a VP9 encoder", found=f"OpenCV {cv2.__version__} without this encoder"
             )
         for frame in frames:
             writer.write(np.ascontiguousarray(frame[..., ::-1]))

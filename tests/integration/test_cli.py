@@ -286,7 +286,7 @@ def test_fine_tuning_starts_from_converted_weights_with_a_frozen_encoder(
     assert all(
         0 < change < 1e-3 for name, change in moved.items() if name.startswith(("decoder.", "upsampler."))
     )
-    with pytest.raises(SystemExit, match=r"(?s)found \d+ differences:.*Use the config of these weights"):
+    with pytest.raises(SystemExit, match=r"(?s)found \d+ differences:.*Pass the config of these weights"):
         main(
             [
                 "fit",

@@ -61,7 +61,7 @@ def test_files_that_are_not_listed_in_an_existing_record_are_not_overwritten(tmp
     touch(tmp_path, "input.png", "mesh.obj")
     files = _files_for(MeshOptions(frames=0))
     assert files == {"input.png", "mesh.glb", "result.json"}
-    with pytest.raises(InputError, match=r"found input.png, which its result.json does not list. Move"):
+    with pytest.raises(InputError, match=r"found input.png, which result.json does not list. Move"):
         _require_own(tmp_path, files, _files_of(tmp_path))
     (tmp_path / "result.json").write_text(json.dumps({"files": ["input.png", "../up.png", 3]}))
     earlier = _files_of(tmp_path)

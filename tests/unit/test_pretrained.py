@@ -118,7 +118,7 @@ def test_a_model_folder_without_framing_logs_a_warning(pretrained, tmp_path, cap
     shutil.copytree(pretrained, tmp_path / "copy")
     (tmp_path / "copy" / "input.yaml").unlink()
     LRMPipeline.from_pretrained(tmp_path / "copy")
-    assert "copy has no input.yaml: images are framed as in the LRM paper" in caplog.text
+    assert "copy does not contain input.yaml. Images are framed as in the LRM paper." in caplog.text
 
 
 def test_different_weights_have_different_hashes():
@@ -217,7 +217,9 @@ def test_uint8_arrays_are_accepted_and_other_arrays_are_rejected(pretrained, pho
         array = np.array(image)
     assert torch.equal(model(array).field.planes, model(photo).field.planes)
     for wrong in (array / 255, array[..., 0], np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(InputError, match=r"expected a uint8 array \(H, W, 3 or 4\), but found"):
+        with pytest.raises(
+            InputError, match=r"expected a uint8 array of shape \(H, W, 3\) or \(H, W, 4\), but found"
+        ):
             model(wrong)
 
 
