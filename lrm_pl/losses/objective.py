@@ -1,4 +1,4 @@
-"""The training objective, a weighted sum of named terms (MSE + 2.0 LPIPS in LRM, section 3.4)."""
+"""Training objective, which is a weighted sum of named terms (MSE + 2.0 LPIPS in LRM, section 3.4)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of images in the features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
+"""LPIPS, a distance between image features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
 
 In each of five layers, the features are normalized over channels. The squared differences of the features are weighted
 by a linear layer of LPIPS and averaged over pixels. The distance is the sum over the five layers.
@@ -37,7 +37,7 @@ def require_measurable(side: int) -> None:
         raise InputError(
             expected="crops of at least 16 pixels for LPIPS",
             found=side,
-            remedy="raise --data.crop.size, or disable LPIPS with --model.objective.lpips 0",
+            remedy="increase --data.crop.size, or disable LPIPS with --model.objective.lpips 0",
         )
 
 
@@ -60,8 +60,8 @@ class PerceptualLoss:
     """LPIPS of images in [0, 1], which is differentiable with respect to the prediction only.
 
     This class is not an ``nn.Module``, so a module with a ``PerceptualLoss`` as an attribute does not save, cast, shard
-    or train it. Move it with ``to``. The network runs channels last under the autocast state of the caller, and the
-    distance is computed in float32.
+    or train it. Call ``to`` to move the network to a device. The network uses the channels-last memory format and
+    the autocast state of the caller, and the distance is computed in float32.
 
     Attributes:
         name: Name of the network.
@@ -88,7 +88,7 @@ class PerceptualLoss:
 
         Args:
             prediction: Predicted sRGB images in [0, 1].
-            target: Target images of the same shape, which get no gradient.
+            target: Target images of the same shape, for which no gradients are computed.
 
         Returns:
             Float32 distances, which are 0 for equal images.
@@ -133,10 +133,10 @@ class PerceptualLoss:
 
 
 class _EagerGradient(torch.autograd.Function):
-    """Distances whose gradients are computed in the forward pass, group by group.
+    """LPIPS distances whose gradients are computed in the forward pass, one group of images at a time.
 
     Only the activations of one group of images are in memory at a time. The backward pass scales the gradients, so the
-    total work is the same as with an ordinary graph.
+    total computation is the same as with an ordinary autograd graph.
     """
 
     @staticmethod

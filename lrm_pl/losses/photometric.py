@@ -1,4 +1,4 @@
-"""Loss terms per pixel, the color error in sRGB [0, 1] (LRM, section 3.4, eq. 1) and the mask cross-entropy."""
+"""Per-pixel loss terms: squared error of sRGB colors in [0, 1] (LRM, section 3.4, eq. 1) and mask cross-entropy."""
 
 from jaxtyping import Float
 from torch import Tensor

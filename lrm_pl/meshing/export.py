@@ -1,6 +1,6 @@
-"""Mesh export to glb and obj with +y up, and to ply and stl with +z up, as is usual in printing and scanning.
+"""Mesh export to glb and obj with +y up, and to ply and stl with +z up, as is usual in 3D printing and scanning.
 
-One scene unit is one meter in glTF, and ``STL_MM`` millimeters in STL.
+One scene unit corresponds to 1 meter in glTF, and to ``STL_MM`` millimeters in STL.
 """
 
 import numpy as np

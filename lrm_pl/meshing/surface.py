@@ -73,7 +73,7 @@ def extract_mesh(
         raise NoSurfaceError(
             expected=f"a surface of at most {max_faces} faces",
             found="no faces after decimation",
-            remedy="raise the limit",
+            remedy="increase the maximum number of faces",
         )
     with stage("colors"):
         return Mesh(vertices, faces, sample_colors(field, index, vertices))
@@ -83,7 +83,7 @@ def _require_both_sides(density: Tensor, threshold: float) -> None:
     low, high = float(density.min()), float(density.max())
     if not low <= threshold < high:
         raise NoSurfaceError(
-            expected=f"densities on both sides of {threshold:g}",
+            expected=f"densities below and above the threshold {threshold:g}",
             found=f"densities from {low:.3g} to {high:.3g}",
             remedy="choose a threshold in this range, or train longer",
         )
@@ -142,7 +142,7 @@ def surface_density(
         density = density_grid(field, index, 64)
         raise NoSurfaceError(
             expected="an object with opaque pixels",
-            found=f"none in any view: densities from {density.min():.3g} to {density.max():.3g}",
+            found=f"no opaque pixels in any view, and densities from {density.min():.3g} to {density.max():.3g}",
             remedy="choose a threshold in this range, or train longer",
         )
     t = rendering.depth.flatten()[opaque, None]

@@ -37,7 +37,7 @@ def sample_surface(
     twice_area = np.linalg.norm(cross, axis=1)
     total = np.cumsum(twice_area)
     if not total[-1] > 0:
-        raise InputError(expected="a surface", found="triangles of zero area")
+        raise InputError(expected="a surface", found="triangles with a total area of zero")
     chosen = np.searchsorted(total, rng.random(count) * total[-1], side="right")
     u, v = rng.random((2, count, 1))
     outside = u + v > 1  # these points are reflected into the triangle

@@ -1,6 +1,6 @@
 """UV unwrapping with xatlas, in a subprocess with a time limit because xatlas can hang or crash on degenerate meshes.
 
-``python -m lrm_pl.meshing.unwrap FOLDER SIZE`` reads vertices.npy and faces.npy, and writes atlas.npz.
+``python -m lrm_pl.meshing.unwrap FOLDER SIZE`` reads vertices.npy and faces.npy in FOLDER, and writes atlas.npz.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def unwrap(
     Args:
         vertices: Vertex positions.
         faces: Vertex indices.
-        size: Target side of the atlas in pixels.
+        size: Target side length of the atlas in pixels.
         limit_s: Time limit in seconds.
 
     Raises:
@@ -61,8 +61,8 @@ def unwrap(
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired as error:
             raise UnwrapError(
-                f"xatlas took more than {limit_s:g} s for {len(faces)} faces. Reduce the number of faces (20,000 take "
-                "seconds) or raise the time limit"
+                f"xatlas took more than {limit_s:g} s for {len(faces)} faces. Reduce the number of faces (20,000 "
+                "faces require a few seconds), or increase the time limit"
             ) from error
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]

@@ -218,7 +218,7 @@ def test_surface_points_are_uniform_and_have_the_normals_of_the_triangles():
     # The mean of the points is the centroid. A corner with half the side lengths contains a quarter of the points.
     np.testing.assert_allclose(points[left].mean(axis=0), (1 / 3, 1 / 3, 0), atol=0.01)
     assert abs((points[left][:, :2].sum(axis=1) < 0.5).mean() - 0.25) < 0.02
-    with pytest.raises(InputError, match="expected a surface, but found triangles of zero area"):
+    with pytest.raises(InputError, match="expected a surface, but found triangles with a total area of zero"):
         sample_surface([(vertices, faces[1:2])], 10, np.random.default_rng(0))
 
 

@@ -167,11 +167,11 @@ def test_invalid_arguments_and_images_are_rejected_with_a_remedy(
             main(arguments)
     with pytest.raises(SystemExit):
         main([str(images / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
-    assert "expected densities on both sides of 1e+09, but found" in capsys.readouterr().out
+    assert "expected densities below and above the threshold 1e+09, but found" in capsys.readouterr().out
     Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])
-    assert "expected an object in the image, but found one color everywhere" in capsys.readouterr().out
+    assert "expected an object in the image, but found an image of a single color" in capsys.readouterr().out
     white = np.full((200, 200, 3), 255, np.uint8)
     white[:, 0] = 245
     Image.fromarray(white).save(tmp_path / "empty.png")

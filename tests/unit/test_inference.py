@@ -89,13 +89,15 @@ def test_the_threshold_is_the_density_at_the_rendered_surface():
     radius = np.linalg.norm(mesh.vertices - CENTER.numpy(), axis=-1)
     assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
     ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # no ray is opaque
-    with pytest.raises(NoSurfaceError, match=r"found none in any view: densities from 0 to 0\.1\."):
+    with pytest.raises(
+        NoSurfaceError, match=r"found no opaque pixels in any view, and densities from 0 to 0\.1\."
+    ):
         surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 
 
 @pytest.mark.parametrize("threshold", [41.0, -1.0])
 def test_the_error_for_a_field_without_a_surface_contains_the_densities(threshold):
-    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, but found densities from 0 to 40"):
+    with pytest.raises(NoSurfaceError, match=r"above the threshold -?\d+, but found densities from 0 to 40"):
         extract_mesh(Ball(), 0, threshold, resolution=32)
 
 
@@ -111,7 +113,7 @@ def test_the_surface_is_closed_at_the_faces_of_the_box():
 def test_density_only_on_the_faces_of_the_box_is_not_a_surface():
     ball = Ball()
     ball.decode = lambda points, weights: ((points.abs().amax(dim=-1) - 0.99) * 100, points)
-    with pytest.raises(NoSurfaceError, match="both sides of 20, but found densities from 0 to"):
+    with pytest.raises(NoSurfaceError, match="above the threshold 20, but found densities from 0 to"):
         extract_mesh(ball, 0, 20.0, resolution=64)
 
 
@@ -241,7 +243,7 @@ def test_alpha_is_composited_over_white_and_invalid_images_are_errors():
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected an image of floats"),
         (torch.zeros(28, 28), "found 28 x 28. Crop it"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
-        (torch.zeros(4, 28, 28), "alpha 0 everywhere"),
+        (torch.zeros(4, 28, 28), "only transparent pixels"),
         (torch.full((3, 28, 28), torch.nan), r"expected an image of floats in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
