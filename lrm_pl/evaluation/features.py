@@ -65,7 +65,7 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
     """Load the Inception network for FID and KID from torch-fidelity.
 
     Args:
-        path: Weight file. If None, the usual locations are searched.
+        path: Path of the weight file. If None, the cache is searched and the file is downloaded if necessary.
         sha256: Expected sha256 of the file. If None, the file must contain the standard weights.
         device: Device of the network.
 

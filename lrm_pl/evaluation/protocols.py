@@ -76,7 +76,7 @@ class Protocol:
                 subject=folder,
                 expected=f"at least {self.views} views per object for the protocol {self.name!r}",
                 found=manifest.views,
-                remedy=f"render with VIEWS={self.views}",
+                remedy=f"render the shards with VIEWS={self.views}",
             )
         if self.targets:
             require_measurable_views(manifest, folder)
@@ -86,7 +86,7 @@ class Protocol:
                 subject=folder,
                 expected=f"the camera preset {self.preset!r} for the protocol {self.name!r}",
                 found=f"{found!r}",
-                remedy=f'render with ARGS="--preset {self.preset}" VIEWS={self.views}',
+                remedy=f'render the shards with ARGS="--preset {self.preset}" VIEWS={self.views}',
             )
 
 

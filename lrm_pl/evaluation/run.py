@@ -200,7 +200,8 @@ def run(
     inception = {"inception": options.inception_sha256.lower()} if options.inception_sha256 else {}
     if _is_finished(out, settings | inception, objects, baselines, measures_sets=measures_sets):
         console.print(
-            f"All objects are already evaluated. To evaluate them again, delete {out} or pass another --out."
+            f"All objects have already been evaluated. To evaluate them again, delete {out} or pass another folder "
+            "with --out."
         )
         results = read_json(out / RESULTS_NAME) if not rank else None
     else:

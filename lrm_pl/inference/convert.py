@@ -60,7 +60,7 @@ def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparamet
 
 
 def print_report(conversion: Conversion) -> None:
-    """Print a table of the source keys, the keys that they are mapped to, and the changes."""
+    """Print a table of the source keys, the keys that they are mapped to, and the changes of the tensors."""
     table = Table("source key", "key", "shape", "change")
     for record in conversion.report:
         shape = " x ".join(map(str, record.shape))

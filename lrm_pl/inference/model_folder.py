@@ -155,7 +155,7 @@ def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
         config = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
     if config is None or not config.is_file():
         raise InputError(
-            expected=f"the config of the run of {checkpoint.path}",
+            expected=f"the config of the run that saved {checkpoint.path}",
             found=f"no file {config}" if config else "a remote checkpoint",
             remedy=f"pass --config RUN/{CONFIG_NAME}",
         )

@@ -73,8 +73,8 @@ class MeshOptions:
         fov = 90.0 if self.fov_deg is None else self.fov_deg
         if not 0 < distance < math.inf or not 0 < fov < 180:
             raise InputError(
-                expected="a distance above 0 and a fov_deg between 0 and 180",
-                found=f"{distance:g} and {fov:g}",
+                expected="distance above 0 and fov_deg between 0 and 180",
+                found=f"distance {distance:g} and fov_deg {fov:g}",
             )
         if self.threshold is not None and not 0 < self.threshold < math.inf:
             raise InputError(expected="a threshold above 0", found=f"{self.threshold:g}")

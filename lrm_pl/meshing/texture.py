@@ -99,6 +99,6 @@ def _rasterize(
 
 
 def _dilate(image: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Fill uncovered texels with the color of the nearest covered texel, so that filtering can cross chart borders."""
+    """Fill uncovered texels with the color of the nearest covered texel, for correct filtering at chart borders."""
     rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
     return image[rows, columns]

@@ -128,7 +128,7 @@ def test_a_finished_evaluation_prints_its_results_without_loading_lpips(
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     run(pretrained, data, out, "--baseline")
     said = capsys.readouterr().out
-    assert f"All objects are already evaluated. To evaluate them again, delete {out}" in said
+    assert f"All objects have already been evaluated. To evaluate them again, delete {out}" in said
     assert "2 of 2 objects" in said
     assert "| model |" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files

@@ -289,11 +289,12 @@ def test_the_page_of_a_single_object_has_no_empty_sections(tmp_path):
 def test_a_protocol_rejects_shards_without_the_required_views():
     with pytest.raises(
         InputError,
-        match=r"at least 15 views per object for the protocol 'lrm', but found 8. Render with VIEWS=15",
+        match=r"at least 15 views per object for the protocol 'lrm', but found 8. Render the shards with VIEWS=15",
     ):
         PROTOCOLS["lrm"].check_manifest(Manifest((), 8, 0, {}), "data")
     with pytest.raises(
-        InputError, match=r"expected the camera preset 'gso-orbit' .* found 'frame'. Render with ARGS"
+        InputError,
+        match=r"expected the camera preset 'gso-orbit' .* found 'frame'. Render the shards with ARGS",
     ):
         PROTOCOLS["gso-orbit"].check_manifest(Manifest((), 24, 0, {"preset": "frame"}), "data")
 

@@ -237,11 +237,11 @@ def test_alpha_is_composited_over_white_and_invalid_images_are_errors():
         reconstruct(network, Renderer(24), over).field.planes,
     )
     for wrong, message in (
-        (torch.rand(2, 28, 28), "found 2 x 28 x 28. Crop it, or convert it to RGBA"),
+        (torch.rand(2, 28, 28), "found 2 x 28 x 28. Crop the image, or convert it to RGBA"),
         (torch.rand(3, 28, 30), "expected a square image"),
-        (torch.rand(3, 28, 28) * 255, "Divide bytes by 255"),
+        (torch.rand(3, 28, 28) * 255, "Divide 8-bit values by 255"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected an image of floats"),
-        (torch.zeros(28, 28), "found 28 x 28. Crop it"),
+        (torch.zeros(28, 28), "found 28 x 28. Crop the image"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
         (torch.zeros(4, 28, 28), "only transparent pixels"),
         (torch.full((3, 28, 28), torch.nan), r"expected an image of floats in \[0, 1\]"),
