@@ -149,7 +149,7 @@ def test_invalid_arguments_and_images_are_rejected_with_a_remedy(
     for arguments, message in (
         (["nowhere.png", *ckpt], "expected an image or a folder of images at nowhere.png"),
         ([str(tmp_path), *ckpt], r"expected images \(.png"),
-        ([str(images / "cut.png")], "found none. Train the demo .make train, ten minutes., or give"),
+        ([str(images / "cut.png")], "found none. Train the demo model with `make train`, or pass"),
         ([str(images / "cut.png"), "--ckpt", "nothing"], "nothing"),
         ([str(images / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
         ([str(images / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),

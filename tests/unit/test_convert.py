@@ -169,7 +169,7 @@ def test_the_error_for_a_damaged_folder_names_the_reason(tmp_path):
     del tensors["transformer.tokens"]
     save_file(tensors, file)
     with pytest.raises(
-        ValueError, match=r"found 1 difference:\n  transformer\.tokens is missing. Use the config of"
+        ValueError, match=r"found 1 difference:\n  transformer\.tokens is missing. Pass the config of"
     ):
         LRMPipeline.from_pretrained(out)
     file.write_bytes(b"not safetensors at all")

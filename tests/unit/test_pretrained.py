@@ -172,7 +172,8 @@ def test_a_missing_path_is_not_requested_from_the_hub(pretrained, tmp_path):
     (tmp_path / "file").touch()
     for name in (tmp_path / "nosuch", "runs/lrm/version_9", "./nosuch"):
         with pytest.raises(
-            InputError, match=f"a run or a checkpoint at {name}, but found nothing. Correct the path"
+            InputError,
+            match=f"a run, a checkpoint or a model folder at {name}, but found nothing. Correct the path",
         ):
             LRMPipeline.from_pretrained(name)
     with pytest.raises(InputError, match=f"at {tmp_path / 'file'}, but found a file"):
