@@ -184,7 +184,11 @@ def _add_render(commands: "Commands") -> None:
     add("--res", type=_between(8, 4096), default=128, help=f"view width and height in pixels {default}")
     add("--depth", action="store_true", help="store a depth map for each view")
     add("--normals", action="store_true", help="store a normal map for each view")
-    add("--surface", action="store_true", help="store surface points of each object, for `lrm evaluate`")
+    add(
+        "--surface",
+        action="store_true",
+        help="store surface points of each object, which `lrm evaluate` uses",
+    )
     add(
         "--samples", type=_between(1, 65536), default=16, help=f"number of Cycles samples per pixel {default}"
     )

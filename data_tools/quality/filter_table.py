@@ -60,7 +60,9 @@ def write_filter_table(
 
 
 def count_rejections(out: Path) -> Counter[str]:
-    """Count the rejected assets by measure. If there is no ``filter.parquet``, return an empty counter.
+    """Count the rejected assets for each measure that violates a rule.
+
+    If there is no ``filter.parquet``, an empty counter is returned.
 
     Raises:
         InputError: The table is damaged.

@@ -145,12 +145,15 @@ def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
 
 
 def count_values(folder: Path, manifest: Manifest, infos: Sequence[SampleInfo]) -> dict[str, Counter[str]]:
-    """Count licenses, creators, renderers, outcomes and reasons of failures.
+    """Count licenses, creators, renderers, outcomes and reasons for failures.
 
     Args:
         folder: Folder of shards.
         manifest: Manifest of the folder.
         infos: Records of all objects.
+
+    Returns:
+        Mapping from titles of tables to counts of values.
     """
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())

@@ -124,7 +124,7 @@ def renderer(rounds: int) -> list[dict[str, object]]:
         both = samples / seconds(lambda forward=forward: forward().square().mean().backward(), rounds)
         width = decoder.layers[0].out_features
         results.append({
-            "bench": f"renderer of {name}, forward and backward: million samples per second", "value": both / 1e6,
+            "bench": f"renderer ({name}.yaml), forward and backward: million samples per second", "value": both / 1e6,
             "target": "-", "met": True, "forward": ahead / 1e6,
             # Twelve neighbors are read of the folded planes, and hidden layers are written and read in bf16.
             "bytes_a_sample_forward": 12 * width * 4 + 4 * width * len(decoder.layers),
