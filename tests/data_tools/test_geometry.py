@@ -126,7 +126,7 @@ def test_depth_and_normal_maps_are_downsampled_without_averaging(sample):
     assert not decode_depth("a", "depth_000.png", gone["depth_000.png"]).any()
     wrong = dataclasses.replace(one, extras={"depth_000.png": encode_depth(depth[:3])})
     with pytest.raises(
-        SampleError, match=r"depth_000\.png with the view's size \(4, 4\), but found \(3, 4\)"
+        SampleError, match=r"depth_000\.png with the size \(4, 4\) of the view, but found \(3, 4\)"
     ):
         resize_geometry(wrong, (faint, *views[1:]))
 
@@ -146,13 +146,13 @@ def _beside(pixels, alpha):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"with the view's size (32, 32), but found (16, 16)"),
+        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], "with the size (32, 32) of the view, but found (16, 16)"),
         ("depth_002.png", _hole, "expected values in depth_002.png where alpha is 255, but found 0 at 1 of"),
         ("depth_002.png", _beside, "expected depth_002.png to be 0 where alpha is 0, but found other values at 1"),
         ("depth_002.png", lambda pixels, _: pixels * 2, "points of depth_002.png within [-1, 1]^3, but found"),
         ("depth_002.png", lambda pixels, _: (pixels >> 8).astype(np.uint8), "in depth_002.png, but found mode L"),
         ("depth_002.png", None, "depth maps of all 4 views, but found 3 (depth_002.png is missing)"),
-        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"with the view's size (32, 32), but found (32, 31)"),
+        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"with the size (32, 32) of the view, but found (32, 31)"),
         ("normal_001.png", _hole, "expected values in normal_001.png where alpha is 255, but found 0 at 1 of"),
         ("normal_001.png", _beside, "expected normal_001.png to be 0 where alpha is 0, but found other values at 1"),
         ("normal_001.png", lambda pixels, _: pixels // 2, "expected normals of length 0 or 1 in normal_001.png"),

@@ -67,7 +67,9 @@ def test_shards_from_plain_webdataset_can_be_used_after_indexing(foreign, capsys
     assert sorted(key for batch in found[:2] for key in batch.ids) == KEYS[:4]
     assert not any(met for batch in found for met in batch.faults)
     assert [key for batch in data.evaluation_loader("heldout") for key in batch.ids] == KEYS[4:]
-    with pytest.raises(InputError, match=r"without manifest\.json, but found manifest\.json\. Delete manifest"):
+    with pytest.raises(
+        InputError, match=r"without manifest\.json, but found manifest\.json\. Delete manifest"
+    ):
         index_folder(foreign)
 
 

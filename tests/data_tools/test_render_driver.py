@@ -252,7 +252,7 @@ def test_a_locked_folder_raises_an_error(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_folder, "LOCK_TIMEOUT_S", 0.2)
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match=r"expected no other process .*, but found one"):
+        with pytest.raises(InputError, match=r"expected no other process .*, but found a running process"):
             run(assets, out)
 
 
