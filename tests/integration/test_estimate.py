@@ -147,7 +147,7 @@ def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
         (["--model.lrm.width", "3"], "expected arguments of `lrm fit`"),
         (["--gpus", "-1"], "--gpus must be at least 0"),
-        (["--gpus", "8", "--network", "nan"], "--network above 0"),
+        (["--gpus", "8", "--network", "nan"], "--network greater than 0"),
         (
             ["--gpus", "1", "--data.crop.size", "8", "--model.objective.lpips", "1"],
             "crops of at least 16 pixels for LPIPS, but found 8",
