@@ -119,7 +119,7 @@ def test_outcomes_are_counted_without_a_filter_table(folder, capsys):
         (
             "failures.jsonl",
             b"\n{broken\n",
-            "line 2: expected a record with id, file and reason, but found .*Delete the line",
+            "line 2: expected a record with id, file and reason, but found .*Delete this line",
         ),
         ("failures.jsonl", b'{"id": "b"}\n', "line 1: "),
         ("failures.jsonl", b"\xff\n", "line 1: "),
