@@ -64,7 +64,7 @@ pytestmark = pytest.mark.filterwarnings("default")
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
         (
             ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
-            "expected one WeightAverage among trainer.callbacks, because checkpoints store one average, but found 2",
+            "expected one WeightAverage in trainer.callbacks, because a checkpoint stores one average, but found 2",
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
