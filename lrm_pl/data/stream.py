@@ -25,7 +25,7 @@ from lrm_pl.data.transforms import (
     sample_rng,
     training_item,
 )
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
             self._faults.append(self._fault(location))
         raise SampleError(
             expected="a readable sample",
-            found=f"none among {self.order.total} samples",
+            found=f"none among {counted(self.order.total, 'sample')}",
             remedy=f"the last error was: {self._faults[-1]}",
         )
 
@@ -326,6 +326,6 @@ class EvaluationSet(IterableDataset[Item]):
             return dataclasses.replace(item, weight=torch.zeros(()))
         raise InputError(
             expected="a readable sample in the split",
-            found=f"none among {len(self.locations)} samples",
+            found=f"none among {counted(len(self.locations), 'sample')}",
             remedy="check the shards with `python -m data_tools validate --shards FOLDER`",
         )
