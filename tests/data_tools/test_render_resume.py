@@ -337,7 +337,8 @@ def test_a_truncated_shard_raises_an_error_with_a_remedy(assets, out):
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     with pytest.raises(
-        ShardError, match=rf"expected {len(whole)} bytes, but found {len(whole) - 1024}.*[dD]elete it"
+        ShardError,
+        match=rf"expected {len(whole)} bytes, but found a damaged file of {len(whole) - 1024} .*[dD]elete this file",
     ):
         run(assets, out)
     tar.unlink()

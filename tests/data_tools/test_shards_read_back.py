@@ -76,7 +76,10 @@ def test_a_truncated_shard_is_named_with_both_sizes(folder):
     tar = folder / "train-000000.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(ShardError, match=rf"train-000000.tar: expected {size} bytes, but found {size - 512}"):
+    with pytest.raises(
+        ShardError,
+        match=rf"train-000000.tar: expected {size} bytes, but found a damaged file of {size - 512} bytes",
+    ):
         read_manifest(folder)
 
 
@@ -95,9 +98,9 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("views", "8", "found views '8'"),
-        ("failures", None, "found failures None"),
-        ("render", [1], r"found render \[1\]"),
+        ("views", "8", "found the value '8' of views"),
+        ("failures", None, "found the value None of failures"),
+        ("render", [1], r"found the value \[1\] of render"),
         ("shards", [], "expected a valid manifest of shards, but found no samples"),
     ],
 )
@@ -182,7 +185,7 @@ def _array(header, content=b""):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4, 4)}"), "found (1000000000000"),
+        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4, 4)}"), "found shape (1000000000000"),
         (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(100)), "found 100"),
         (_array("{'descr': '<f4', 'fortran_order': True, 'shape': (3, 4, 4)}", bytes(192)), "in Fortran order"),
         (_array("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(192)), "object"),

@@ -166,7 +166,7 @@ def test_declared_color_spaces_are_converted_to_srgb(content, expected):
     [
         (
             with_chunks(encoded(plain()), cICP=bytes((9, 16, 0, 1))),
-            "found PQ, which is HDR. Export it as sRGB",
+            "found PQ, which is HDR. Export the image as sRGB",
         ),
         (with_chunks(encoded(plain()), cICP=bytes((9, 18, 0, 1))), "found HLG, which is HDR"),
         (with_chunks(encoded(plain()), cICP=bytes((1, 13, 0, 0))), "of YCbCr or narrow range"),

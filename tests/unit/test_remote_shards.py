@@ -208,7 +208,7 @@ def test_a_download_with_a_different_hash_is_rejected(remote, shards, tmp_path):
     content[len(content) // 2] ^= 1
     put(remote, shard.name, bytes(content))
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
-    with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, but found"):
+    with pytest.raises(StoreError, match=f"expected the SHA-256 hash {shard.sha256}, but found"):
         cache.download(shard)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock", ""}, (
         "the cache must not contain a copy"
