@@ -185,7 +185,7 @@ def _array(header, content=b""):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4, 4)}"), "found shape (1000000000000"),
+        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4, 4)}"), "shape (1000000000000"),
         (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(100)), "found 100"),
         (_array("{'descr': '<f4', 'fortran_order': True, 'shape': (3, 4, 4)}", bytes(192)), "in Fortran order"),
         (_array("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(192)), "object"),
