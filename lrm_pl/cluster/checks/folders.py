@@ -91,4 +91,4 @@ def shared(check: str, folder: Path, missing: Sequence[str], *, needed: bool) ->
     found = f"{folder.absolute()}: not shared with {', '.join(missing)}"
     if needed:
         return Finding(check, found, missing="choose a folder on a file system that all nodes share")
-    return Finding(check, found, warning="set LRM_CACHE= to a shared folder to download files only once")
+    return Finding(check, found, warning="set LRM_CACHE to a shared folder to download files only once")
