@@ -156,7 +156,7 @@ class InputCamera:
     def __post_init__(self) -> None:
         """Validate the distance and the field of view."""
         if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
-            raise InputError(expected="a positive distance and a field of view between 0 and 180 degrees", found=self)
+            raise InputError(expected="distance above 0 and fov_deg between 0 and 180", found=self)
 
     @classmethod
     def like(cls, c2w: Float[Tensor, "4 4"], fxfycxcy: Float[Tensor, "4"]) -> "InputCamera":

@@ -113,7 +113,9 @@ def test_a_file_with_code_is_rejected(tmp_path, capsys):
 
 
 def test_the_image_size_is_required_for_unpublished_widths():
-    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64. Set --image-size"):
+    with pytest.raises(
+        ConversionError, match=r"of a published model, but found an encoder width of 48 .*Set --image-size"
+    ):
         convert_openlrm(state(), Hyperparameters(4, 3))
 
 

@@ -34,7 +34,11 @@ def test_other_lock_errors_are_raised(monkeypatch, tmp_path):
 
 def test_a_second_render_job_in_a_folder_raises_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_TIMEOUT_S", 0.2)
-    with lock_folder(tmp_path), pytest.raises(InputError, match="but found a running process"), lock_folder(tmp_path):
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(InputError, match="but found a running process"),
+        lock_folder(tmp_path),
+    ):
         raise AssertionError
 
 
