@@ -40,7 +40,7 @@ def test_cube_normalized_shards_are_rejected_for_sphere_bounds(tiny, tmp_path, s
     shutil.copytree(shards, cube)
     manifest = cube / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"sphere"', '"cube"'))
-    with pytest.raises(SystemExit, match=r"found 'cube'.*--model\.renderer\.bounds box"):
+    with pytest.raises(SystemExit, match=r"found shards normalized to a cube.*--model\.renderer\.bounds box"):
         main(["fit", *tiny, "--data.folder", str(cube)])
 
 

@@ -150,7 +150,7 @@ def test_the_framing_and_the_camera_of_training_are_used(pretrained, photo):
             lambda folder: (folder / "input.yaml").write_text("[1]"),
             "expected a mapping of names to numbers, but found list",
         ),
-        (lambda folder: (folder / "input.yaml").write_text("distance: -1"), "a distance above 0"),
+        (lambda folder: (folder / "input.yaml").write_text("distance: -1"), "distance above 0"),
         (lambda folder: (folder / "input.yaml").write_text("foreground: 2"), "foreground in"),
     ],
 )
