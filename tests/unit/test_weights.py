@@ -161,7 +161,7 @@ def test_without_a_network_the_error_lists_all_attempts_and_three_remedies(table
         resolve("lpips_vgg")
     text = str(refused.value)
     assert text.count("no route to host") == 2
-    assert "1. Give the path" in text
+    assert "1. Set the path of the file" in text
     assert "2. Copy the file into the cache" in text
     assert "3. Connect to the network" in text
     for one in table:
