@@ -156,7 +156,7 @@ def test_run_profile_writes_a_trace_with_the_operators_of_the_package(quick, tmp
 
 
 def test_run_profile_is_rejected_if_the_run_has_too_few_steps(quick):
-    with pytest.raises(SystemExit, match=r"expected at least 7 steps .* found 6. Raise"):
+    with pytest.raises(SystemExit, match=r"expected at least 7 steps .* found 6. Increase"):
         main(["fit", *quick, "--run.profile", "2"])
 
 
