@@ -105,6 +105,8 @@ class ReconstructionQueue:
         deadline = time.monotonic() + self.limits.seconds
         future = self._thread.submit(self._reconstruct, content, options, deadline, canceled)
         result = asyncio.wrap_future(future)
+        # asyncio logs errors of futures whose result is not read because the client has disconnected
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             while not result.done():
                 await asyncio.wait({result}, timeout=_POLL_S)

@@ -77,7 +77,8 @@ class GradientGuard:
         """Return 1 if a step with this gradient norm must be skipped, else 0, and update the state."""
         norm = norm.detach().float()
         norms, consecutive = self._norms.to(norm.device), self._consecutive.to(norm.device)
-        median = norms.quantile(0.5)  # NaN until the window is full
+        ordered = norms.sort().values  # NaN is last, so the median is NaN until the window is full
+        median = (ordered[(len(norms) - 1) // 2] + ordered[len(norms) // 2]) / 2 + 0 * ordered[-1]
         bad = ~norm.isfinite()
         if self.config.spike is not None:
             bad = bad | (norm > self.config.spike * median)

@@ -330,7 +330,7 @@ def test_missing_trainers_and_missing_modules_are_reported(fit, tmp_path, shards
             make()
     module, _, _ = fit(4, CheckpointAndResume(every=4))
     path = tmp_path / "at-4.ckpt"
-    with pytest.raises(TypeError, match="missing 3 required positional arguments: 'lrm'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'lrm'"):
         LRMModule.load_from_checkpoint(path)
     with pytest.raises(InputError, match=r"found the folder .*step-00000004. For inference, use lrm_pl"):
         LRMModule.load_from_checkpoint(tmp_path / "plain/checkpoints/step-00000004")

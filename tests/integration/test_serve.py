@@ -185,7 +185,7 @@ def test_health_checks_trailing_slashes_and_unknown_paths(server):
                     assert ". See GET /docs." in (await answer.json())["detail"]
             async with session.post(f"{server.address}/reconstruct", json={"image": "x"}) as answer:
                 assert answer.status == 415
-                assert "it is JSON. Use curl --data-binary @photo.png" in (await answer.json())["detail"]
+                assert "it is JSON. Use `curl --data-binary @photo.png`" in (await answer.json())["detail"]
 
     asyncio.run(run())
 
