@@ -325,7 +325,7 @@ def test_invalid_shapes_and_dtypes_are_errors():
     samples, planes = fused.RaySamples(rays, rays, t, alive), field.planes[0]
     assert fused.decode_along_rays(planes, samples, mlp, field.axes, "relu").shape == (2, 3, 5, 4)
     for wrong_planes, wrong_samples, found in (
-        (planes.bfloat16(), samples, "bfloat16 and torch.float32"),
+        (planes.bfloat16(), samples, "found torch.bfloat16 planes and torch.float32 weights"),
         (planes, samples._replace(t=t[:1]), r"\(1, 3, 5\)"),
         (planes, samples._replace(alive=alive[:, :1]), r"\(2, 1\)"),
     ):
