@@ -226,11 +226,11 @@ def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
 def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
     """Measure the peak rate of matrix products on the CPU in FLOP/s, and cache the result.
 
-    The result is the best of ten products that have the shape of the MLP in the LRM paper.
+    The result is the best of four products that have the shape of the MLP in the LRM paper.
     """
     x, w = torch.randn(3072, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        seconds = timeit.repeat(lambda: F.linear(x, w), repeat=10, number=1)
+        seconds = timeit.repeat(lambda: F.linear(x, w), repeat=4, number=1)
     return 2 * 3072 * 1024 * 4096 / min(seconds)
 
 
