@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,26 +180,35 @@ class BlenderProcess:
     def _request(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
         """Send a request and return the response. If the process ends or exceeds a limit, return the reason."""
         assert self._process.stdin is not None
-        deadline = time.monotonic() + limits.time_s
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        timer = threading.Timer(limits.time_s, expire)
+        timer.start()
         try:
             self._process.stdin.write(json.dumps(record).encode() + b"\n")
             self._process.stdin.flush()
             while not self._responses.poll(_MEMORY_CHECK_S):
                 used = self._resident_gb()
                 if used > limits.memory_gb:
-                    return self._kill(f"used {used:.1f} GB of memory, more than {limits.memory_gb:g} GB")
-                if time.monotonic() > deadline:
-                    return self._kill(f"took longer than {limits.time_s:g} s")
+                    self._process.kill()
+                    self._process.wait()
+                    return f"used {used:.1f} GB of memory, more than {limits.memory_gb:g} GB"
             response = json.loads(self._responses.recv_bytes())
             members = {name: self._responses.recv_bytes() for name in response["members"]}
         except (OSError, EOFError):
-            return f"exited with status {self._process.wait()}"
+            status = self._process.wait()
+            return (
+                f"took longer than {limits.time_s:g} s"
+                if expired.is_set()
+                else f"exited with status {status}"
+            )
+        finally:
+            timer.cancel()
         return response | {"members": members}
-
-    def _kill(self, reason: str) -> str:
-        self._process.kill()
-        self._process.wait()
-        return reason
 
     def _resident_gb(self) -> float:
         try:

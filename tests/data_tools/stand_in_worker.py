@@ -91,6 +91,9 @@ def serve():
                 time.sleep(0.01)
         if text == "slow":
             time.sleep(60)
+        if text == "stops in a response":
+            responses.send_bytes(json.dumps(outcome | {"members": ["000.png"]}).encode())
+            time.sleep(60)
         if text == "hungry":
             held = np.ones(60_000_000)  # 480 MB
             time.sleep(60)

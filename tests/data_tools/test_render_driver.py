@@ -79,8 +79,9 @@ def test_failed_objects_do_not_change_the_assignment_of_other_objects(assets, tm
     assert "failed         3, see" in capfd.readouterr().out
 
 
-def test_only_the_object_that_exceeds_the_time_limit_fails(assets, tmp_path):
-    (assets / "b.glb").write_text("slow")
+@pytest.mark.parametrize("behavior", ["slow", "stops in a response"])
+def test_only_the_object_that_exceeds_the_time_limit_fails(assets, tmp_path, behavior):
+    (assets / "b.glb").write_text(behavior)
     out = tmp_path / "out"
     start = time.monotonic()
     assert run(assets, out, time_s=1.0).failures == 1
