@@ -1,4 +1,4 @@
-"""Plan of a folder of shards, and changes of the plan if the list of assets has changed.
+"""Plan for rendering assets into a folder of shards, and updates to the plan if the list of assets changes.
 
 The plan is stored in ``OUT/plan.parquet``, and the list of assets in ``OUT/assets.parquet``. Differences between the
 stored list and the current list have the following results:

@@ -97,7 +97,7 @@ def convert(
                 subject=folder,
                 expected=f"usable objects in the layout of {layout.name}",
                 found=f"none among {counted(len(tasks), 'object')}",
-                remedy=f"see {path}. The first reason: {next(iter(skipped.values()))}",
+                remedy=f"see {path}. The first object was skipped because: {next(iter(skipped.values()))}",
             )
         write_failures(partial_out / FAILURES_NAME, failures)
         settings = {

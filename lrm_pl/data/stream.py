@@ -173,7 +173,7 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         """Yield candidate samples for a global position until one passes all stages.
 
         Raises:
-            SampleError: All samples are bad.
+            SampleError: No sample passes all stages.
         """
         self._faults, step = [], self.step + (position - self.position) // self.partition.batch_size
         for location in self.order.candidates(position):

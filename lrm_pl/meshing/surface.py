@@ -41,9 +41,9 @@ def extract_mesh(
     Args:
         field: Fields of B objects.
         index: Index of the object.
-        threshold: Density at the surface (OpenLRM: 3 per scene unit; TripoSR: 25 per chord).
+        threshold: Density at the surface, in the renderer's unit (OpenLRM: 3; TripoSR: 25).
         resolution: Number of grid points along each axis (LRM: 384).
-        bounds: Bounds of the renderer. Densities outside the bounds are untrained and treated as zero.
+        bounds: Bounds of the renderer. The density outside the bounds, where the model is not trained, is set to zero.
         floaters: Minimum area of a connected component as a fraction of the area of the largest component. Smaller
             components are removed.
         max_faces: Maximum number of faces. If None, the number is not limited.
