@@ -1,1 +1,1 @@
-"""Data preparation. The package converts meshes to shards and runs in the render environment."""
+"""Data preparation tools, which convert meshes and images to shards in the render environment (``.venv-render``)."""

@@ -46,7 +46,7 @@ _MAX_JOBS = 100_000
 
 
 class _Terminated(KeyboardInterrupt):
-    """Raised when SIGTERM is received, for example from ``kill``, ``timeout`` or a batch system."""
+    """Raised when SIGTERM is received, for example, from ``kill``, ``timeout`` or a batch system."""
 
 
 def _terminate(*_: object) -> None:
@@ -187,7 +187,7 @@ def _add_render(commands: "Commands") -> None:
     add(
         "--surface",
         action="store_true",
-        help="store surface points of each object, which `lrm evaluate` uses",
+        help="store surface points for each object, for use by `lrm evaluate`",
     )
     add(
         "--samples", type=_between(1, 65536), default=16, help=f"number of Cycles samples per pixel {default}"
@@ -204,20 +204,26 @@ def _add_render(commands: "Commands") -> None:
         help="normalize objects to a bounding sphere of radius 1 or to a longest side of 2 "
         "(default: depends on the preset)",
     )
-    add("--seed", type=_between(0, 2**31 - 1), default=0, help=f"seed of the cameras and of Cycles {default}")
+    add(
+        "--seed",
+        type=_between(0, 2**31 - 1),
+        default=0,
+        help=f"random seed for the cameras and for Cycles {default}",
+    )
     _add_plan(add, held_out="default: one sixth, at most 8")
     add(
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help=f"time limit per object (default: {Limits.time_s:g} s + views * res^2 * samples / {SAMPLES_PER_S:,})",
+        help="time limit per object in seconds "
+        f"(default: {Limits.time_s:g} + views * res^2 * samples / {SAMPLES_PER_S:,})",
     )
     add(
         "--memory-limit",
         type=float,
         default=Limits.memory_gb,
         metavar="GB",
-        help=f"memory limit per object {default}",
+        help=f"memory limit per Blender process in GB {default}",
     )
     add(
         "--rules",
@@ -260,19 +266,19 @@ def _add_inspection(commands: "Commands") -> None:
     commands.add_parser(
         "inspect",
         parents=[folder],
-        help="print statistics of a folder of shards, and write them as an HTML page",
+        help="print statistics about a folder of shards, and write them to an HTML page",
         description=(
-            "Print statistics of cameras, images, licenses and failures, and write SHARDS/inspect.html, which also "
+            "Print statistics about cameras, images, licenses and failures, and write SHARDS/inspect.html, which also "
             "contains the contact sheet."
         ),
     )
     index = commands.add_parser(
         "index",
         parents=[jobs],
-        help="prepare shards written with the webdataset package for training",
+        help="make shards written with the webdataset package usable for training",
         description=(
-            "Check the tar shards in FOLDER, and write a member index for each shard and manifest.json. Shards whose "
-            "names begin with 'val' form the validation split. Damaged shards are reported as errors."
+            "Check the tar shards in FOLDER, and write manifest.json and an index of the members of each shard. Shards "
+            "whose names begin with 'val' form the validation split. Damaged shards are reported as errors."
         ),
     )
     index.add_argument("folder", type=user_path, metavar="FOLDER", help="folder of tar shards")
@@ -286,8 +292,8 @@ def _add_repack(commands: "Commands") -> None:
         add = commands.add_parser(
             name,
             help=summary,
-            description="Write one folder of shards from existing folders. The bytes of images that are not resized do "
-            "not change.",
+            description="Write one folder of shards from existing folders. Images that are not resized are copied byte "
+            "for byte.",
         ).add_argument
         add("--shards", type=user_path, nargs="+", required=True, help="input folders of shards")
         add("--out", type=user_path, required=True, help="output folder")
@@ -296,14 +302,14 @@ def _add_repack(commands: "Commands") -> None:
             type=_between(8, 4096),
             help="view width and height in pixels (default: unchanged)",
         )
-        _add_plan(add, held_out="selected again; default: unchanged")
+        _add_plan(add, held_out="if set, these objects are selected again; default: unchanged")
         add(
             "--where",
             type=_rule,
             nargs="+",
             metavar="RULE",
-            help="keep the objects that satisfy these rules, including previously rejected ones, for example "
-            "'coverage >= 0.05'; see filter.parquet for the measures (default: objects that were not rejected)",
+            help="keep the objects that satisfy these rules (for example, 'coverage >= 0.05'), even if they were "
+            "previously rejected; see filter.parquet for the measures (default: objects that were not rejected)",
         )
 
 
@@ -334,11 +340,11 @@ def _add_demo_assets(commands: "Commands") -> None:
         "demo-assets",
         help="create the demo assets from the Debian package sweethome3d-furniture",
         description=(
-            "Create the folder of demo assets (GLB files, assets.csv, LICENSE.txt), with reproducible bytes. "
-            "`apt-get download sweethome3d-furniture` downloads the package."
+            "Create the folder of demo assets (GLB files, assets.csv, LICENSE.txt). The output is reproducible byte "
+            "for byte. Download the package with `apt-get download sweethome3d-furniture`."
         ),
     ).add_argument
-    add("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
+    add("--package", type=user_path, required=True, help="path of sweethome3d-furniture_1.8-1_all.deb")
     add("--out", type=user_path, default=DEMO_ASSETS, help="output folder (default: %(default)s)")
 
 

@@ -97,7 +97,7 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
     """Convert an image from the color space declared in the file to sRGB.
 
     Args:
-        image: Image with the mode and metadata that PIL has read.
+        image: Image as opened by PIL, with its original mode and metadata.
         rgb: Stored colors as 8-bit RGB.
         content: Content of the file, for declarations that PIL does not read (cICP, nclx, BMP headers). May be empty.
 
@@ -133,7 +133,7 @@ def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
-    """Return the colors (H, W, 3) of a 16-bit PNG without the rounding to 8 bits by PIL, or None for other images."""
+    """Return the (H, W, 3) 16-bit colors of a 16-bit PNG, which PIL reduces to 8 bits, or None for other images."""
     if not content.startswith(_PNG) or content[24] != 16:
         return None
     if image.mode.startswith("I;16"):
@@ -188,7 +188,7 @@ def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
 
 
 def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
-    """Convert an image, unless the conversion changes colors only by rounding."""
+    """Convert an image to sRGB, or only to the mode RGB if the conversion would change colors only by rounding."""
     levels = np.linspace(0, 255, 18).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
     if image.mode == "L":
@@ -301,7 +301,7 @@ def _exif_space(image: Image.Image) -> ColorSpace | None:
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...]:
-    """Return the value of a tag as a tuple, which is empty unless the value is ``count`` finite positive numbers."""
+    """Return the value of a tag as a tuple, or an empty tuple if it is not ``count`` finite positive numbers."""
     numbers = () if value is None else tuple(np.asarray(value, dtype=np.float64).ravel().tolist())
     fits = len(numbers) == count and all(math.isfinite(number) and number > 0 for number in numbers)
     return numbers if fits else ()

@@ -11,9 +11,9 @@ Camera
     pixel in row i and column j is sampled at the center, ((j + 0.5) / W, (i + 0.5) / H).
 
 World
-    The world is right-handed with +z up, and lengths are in scene units. The field covers [-1, 1]^3. Objects are scaled
-    so that the bounding sphere about the center of the bounding box has radius 1 ("sphere"), or so that the longest
-    side is 2 ("cube"). The manifest of the shards stores the normalization.
+    The world is right-handed with +z up, and lengths are in scene units. The radiance field covers [-1, 1]^3. Objects
+    are scaled so that the bounding sphere about the center of the bounding box has radius 1 ("sphere"), or so that the
+    longest side of the bounding box is 2 ("cube"). The manifest of the shards stores the normalization.
     ``t`` is the distance along a unit direction, ``depth`` is the expected t, and ``sigma`` is the density per scene
     unit.
 

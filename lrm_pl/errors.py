@@ -9,7 +9,8 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Error caused by an invalid configuration, command, file or folder.
 
-    Commands print the message without a traceback. Other exceptions are bugs and keep the traceback.
+    Commands print the message of this error or of an ``OSError`` without a traceback. Other exceptions indicate bugs
+    and keep the traceback.
 
     Args:
         expected: Expected value as a noun phrase, or the complete message.
@@ -35,7 +36,7 @@ class InputError(ValueError):
 
 @contextmanager
 def error_subject(subject: object) -> Iterator[None]:
-    """Return a context that adds a subject to an ``InputError`` without a subject, for example, the path of a file."""
+    """Return a context manager that adds a subject, for example, a path, to an ``InputError`` that has no subject."""
     try:
         yield
     except InputError as error:
@@ -50,7 +51,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def exit_on_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
-    """Decorate the main function of a command so that expected errors exit the process with one message.
+    """Decorate the main function of a command so that expected errors print a message and exit the process.
 
     Args:
         main: Function that is called with the arguments of the command. They default to ``sys.argv[2:]``, the arguments

@@ -148,7 +148,7 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
     """Convert an image to 8-bit sRGB without metadata, as RGBA if it has transparency and as RGB otherwise.
 
     Args:
-        image: Image whose mode does not have floats or 32-bit integers.
+        image: Image with unsigned integers of at most 16 bits per channel.
         content: Content of the file, for color spaces that PIL does not read (see ``color_spaces``).
         upright: Whether to apply the EXIF orientation.
 
@@ -203,10 +203,10 @@ def remove_background(image: Image.Image, remover: Callable[[Image.Image], Image
 
     Args:
         image: RGB or RGBA image.
-        remover: Function from an RGB image to an RGBA image without background.
+        remover: Function that maps an RGB image to an RGBA image with a transparent background.
 
     Returns:
-        RGBA image without background.
+        RGBA image with a transparent background.
     """
     alpha = image.convert("RGBA").getchannel("A")
     white = Image.new("RGB", image.size, "white")
@@ -303,7 +303,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Convert an image to 8-bit RGB or RGBA without changing the color space.
 
     Raises:
-        ImageError: The white level is unknown because the image has floats, 32-bit integers or signed integers.
+        ImageError: The pixels are floats, 32-bit integers or signed integers, whose white level is unknown.
     """
     tags = getattr(image, "tag_v2", {})  # tags of TIFF
     if image.mode in ("F", "I") or 2 in tags.get(Base.SampleFormat, ()):

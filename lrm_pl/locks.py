@@ -1,4 +1,4 @@
-"""File locks between processes and machines.
+"""File locks that exclude other processes, including processes on other machines.
 
 Some file systems do not support locks, for example Lustre if it is mounted without ``-o flock``.
 """

@@ -83,7 +83,7 @@ class ImageMetrics(Metric):
 
     Args:
         perceptual: LPIPS network. If None, LPIPS is omitted.
-        options: Options of ``torchmetrics.Metric``.
+        options: Keyword arguments passed to ``torchmetrics.Metric``.
     """
 
     is_differentiable = False

@@ -1,4 +1,4 @@
-"""Local paths: command-line arguments, printed names, the cache folder and hashes of files."""
+"""Utilities for path arguments, printed file names, the cache folder, output folders and file hashes."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ def user_path(text: str) -> Path:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in lower-case hexadecimal digits."""
+    """Return the SHA-256 hash of a file as a lower-case hexadecimal string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrm_pl"
     except RuntimeError as error:  # neither HOME nor an entry in /etc/passwd, as in containers
-        raise InputError("a home folder for the cache", "none", "set LRM_CACHE to another folder") from error
+        raise InputError("a home folder for the cache", "none", "set LRM_CACHE to a folder") from error
 
 
 def escape_names() -> None:
@@ -61,7 +61,7 @@ def require_out(folder: Path) -> None:
     """Create an output folder and check that it is writable.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ _RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("re
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Return a context that notifies the active listener and measures the duration of a stage."""
+    """Return a context manager that notifies the active listener and measures the duration of a stage."""
     recorder = _RECORDER.get()
     if recorder is None:
         yield

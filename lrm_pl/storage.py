@@ -56,14 +56,14 @@ class MissingError(StoreError):
 
 
 class StoreDownError(InputError):
-    """Error raised if a store does not respond to any request."""
+    """Error raised if several consecutive files of a store cannot be read."""
 
 
 def open_store(path: str) -> tuple[Any, str]:
     """Return the fsspec file system of a path or URL, and the path in the file system.
 
     Raises:
-        InputError: The fsspec package for the URL is unknown or is not installed.
+        InputError: The URL scheme is unknown, or the fsspec package for the scheme is not installed.
     """
     scheme = path.split("://")[0]
     try:
@@ -124,7 +124,7 @@ def store_errors(path: str) -> Iterator[None]:
 
 
 def is_server_fault(error: Exception) -> bool:
-    """Return whether an exception reports a missing file although the cause is a failure of the web server."""
+    """Return whether an exception reports a missing file, but was caused by a failure of the web server."""
     cause = error.__cause__
     return (
         isinstance(error, FileNotFoundError)

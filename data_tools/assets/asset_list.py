@@ -90,7 +90,7 @@ LIST_SCHEMA = pyarrow.schema([
 
 
 def hashed_id(text: str) -> str:
-    """Replace the invalid characters of a name by "_", and append a hash of the original name."""
+    """Replace invalid characters in a name with "_", and append a hash of the original name."""
     suffix = "_" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[: MAX_ID_LENGTH - len(suffix)] + suffix
 

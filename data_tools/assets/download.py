@@ -1,4 +1,4 @@
-"""Downloads of files that can be resumed, with retries and verification.
+"""Resumable file downloads with retries and verification.
 
 Data is written to ``PATH.partial``, which is renamed to ``PATH`` when the file is complete. If a download is
 interrupted, the next call resumes it. The size and the first bytes (see ``file_types``) of a file are verified, as well

@@ -1,4 +1,4 @@
-"""Detection of files whose contents do not match the suffix, for example error pages that were saved as meshes."""
+"""Detection of files whose contents do not match the suffix, for example, error pages that were saved as meshes."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
     """Check the type of a file based on the first bytes.
 
     Args:
-        suffix: Suffix of the expected type, for example ".glb". Only mesh, zip and gzip files are checked.
+        suffix: Suffix of the expected type, for example, ".glb". Only mesh, zip and gzip files are checked.
         head: First ``HEAD_BYTES`` bytes of the file, or the whole file if it is smaller.
         where: Path or URL for error messages.
 
@@ -43,7 +43,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         ".gz": head.startswith(b"\x1f\x8b"),
     }
     if not matches.get(file_type, True):
-        raise FileTypeError(file_type[1:], f"a file that starts with {_quote(head)}", _ERROR_PAGE, where)
+        raise FileTypeError(file_type[1:], _describe(head), _ERROR_PAGE, where)
 
 
 def check_file_type(path: Path, suffix: str, where: str) -> None:
@@ -68,7 +68,7 @@ def check_file_type(path: Path, suffix: str, where: str) -> None:
             expected = f"{length} bytes according to the header"
             raise FileTypeError(expected, size, "download the file again", where)
     if file_type == ".gltf" and b'"asset"' not in path.read_bytes():
-        found = f"JSON without an asset field that starts with {_quote(head)}"
+        found = f"{_describe(head)} and has no asset field"
         raise FileTypeError("gltf", found, _ERROR_PAGE, where)
 
 
@@ -79,7 +79,7 @@ def check_mesh_file(path: Path) -> None:
         path: Path of the mesh file.
 
     Raises:
-        FileTypeError: The file is empty, HTML or UTF-16, or contains a non-finite position.
+        FileTypeError: The file is empty, is an HTML or UTF-16 file, or contains a non-finite vertex position.
     """
     file_type = path.suffix.lower()
     with open(path, "rb") as file:
@@ -87,7 +87,7 @@ def check_mesh_file(path: Path) -> None:
     if not head.strip():
         raise FileTypeError(expected=file_type[1:], found="an empty file", remedy="download the file again")
     if head.lstrip().startswith(b"<"):
-        raise FileTypeError(file_type[1:], f"a file that starts with {_quote(head)}", _ERROR_PAGE)
+        raise FileTypeError(file_type[1:], _describe(head), _ERROR_PAGE)
     _reject_utf16(path, head, file_type in (".obj", ".gltf"))
     if file_type == ".obj":
         content = path.read_bytes()
@@ -105,11 +105,12 @@ def _reject_utf16(path: Path, head: bytes, is_text: bool) -> None:
 
 
 def _reject_non_finite(content: bytes, first: int) -> None:
-    """Reject vertex positions outside the range of float32, which importers read as 0.
+    """Reject vertex positions that are not finite float32 values, because importers read them as 0.
 
     Args:
         content: Content of an OBJ or of an ASCII PLY.
-        first: Index of the word that is the x coordinate in a line. It is 1 for an OBJ, because lines start with "v".
+        first: Index of the x coordinate among the words of a line. It is 1 for an OBJ, whose vertex lines start with
+            "v", and 0 for a PLY.
     """
     # Searching for substrings is much faster than parsing all numbers.
     lower, digits = content.lower(), content.translate(_DIGITS)
@@ -149,7 +150,9 @@ def _starts_like_obj(text: bytes) -> bool:
     return text.startswith(b"#") if not lines else lines[0].split()[0] in _OBJ_WORDS
 
 
+def _describe(head: bytes) -> str:
+    return f"a file that starts with {_quote(head)}" if head else "an empty file"
+
+
 def _quote(head: bytes) -> str:
-    if not head:
-        return "nothing, because it is empty"
     return repr(head[:60].decode("utf-8", "replace"))

@@ -2,7 +2,7 @@
 
 The hash of the package is verified, so its contents are trusted.
 
-The package is an ar archive that contains a ``data.tar.xz``. Each library in the tar file is a zip file, for example
+The package is an ar archive that contains a ``data.tar.xz``. Each library in the tar file is a zip file, for example,
 ``Scopia.sh3f``, with a catalog (``PluginFurnitureCatalog.properties``), a license (``LICENSE.TXT``) and one folder per
 model (OBJ, MTL, textures).
 """
@@ -48,7 +48,7 @@ class PackageError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One entry of the catalog of a library.
+    """Catalog entry that describes a model in a library.
 
     Attributes:
         library: Name of the library.
@@ -56,7 +56,7 @@ class Model:
         name: Display name.
         creator: Author.
         obj: Path of the OBJ in the zip file of the library.
-        category: Category, for example "Kitchen".
+        category: Category, for example, "Kitchen".
         tags: Keywords.
         size: Width, depth and height in centimeters. A value that the catalog does not define is 0.
         is_opening: Whether the catalog describes the model as a door or window.
@@ -83,7 +83,7 @@ def open_package(package: Path | None) -> Iterator[Path]:
         package: Path of ``sweethome3d-furniture_1.8-1_all.deb``. If None, the package is downloaded with ``apt-get``.
 
     Yields:
-        The folder, which contains a file ``LIBRARY.sh3f`` for each library in ``LIBRARIES``.
+        Path of the folder, which contains ``LIBRARY.sh3f`` for each library in ``LIBRARIES``.
 
     Raises:
         PackageError: The package is missing, cannot be downloaded, or is not the expected version.
@@ -103,7 +103,7 @@ def read_catalog(library: Path) -> dict[str, Model]:
         library: Path of the ``.sh3f`` file.
 
     Returns:
-        Mapping from model keys, for example ``armchair``, to catalog entries.
+        Mapping from model keys, for example, ``armchair``, to catalog entries.
     """
     entries = defaultdict[str, dict[str, str]](dict)
     for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", _read_text(library, CATALOG), re.MULTILINE):

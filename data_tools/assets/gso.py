@@ -44,7 +44,8 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
     """Download and unpack missing models, and write the asset list.
 
     Args:
-        out: Destination folder of ``NAME/model.obj``, the MTL files, the textures and the files of ``write_outputs``.
+        out: Destination folder for ``NAME/model.obj``, the MTL files, the textures and the files that ``write_outputs``
+            writes.
         limit: Maximum number of models. The models are sorted by name. If None, all models are included.
         base: Base URL of the collection.
 

@@ -1,4 +1,4 @@
-"""Parser for OBJ and MTL files. It finds the materials of the faces, the colors and the textures without Blender."""
+"""Parser for the materials, colors and textures in OBJ and MTL files, which does not require Blender."""
 
 import dataclasses
 import math
@@ -58,7 +58,8 @@ def read_obj_materials(obj: bytes, read: ReadFile) -> ObjMaterials:
 
     Args:
         obj: Content of the OBJ.
-        read: Function that reads the file at a path relative to the folder of the OBJ.
+        read: Function that returns the content of the file at a path relative to the folder of the OBJ, or None if the
+            file is missing.
     """
     used = _names(b"usemtl", obj)
     names = mtl_names(obj, lambda name: not is_outside(name) and read(posixpath.normpath(name)) is not None)
@@ -189,7 +190,7 @@ def _statement(keyword: bytes) -> re.Pattern[bytes]:
 
 
 def normalize_lines(content: bytes) -> bytes:
-    """Return the content of an OBJ or MTL without carriage returns, byte order mark and line continuations."""
+    """Return the content of an OBJ or MTL without carriage returns, a byte order mark or line continuations."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
     return re.sub(rb"\\[ \t]*\n", b" ", content)
@@ -266,7 +267,7 @@ def clamped_textures(files: Iterable[Path]) -> set[str]:
 
 
 def _with_path(folder: Path, value: str) -> str:
-    """Replace the file name of a texture statement by the absolute path, even if the file does not exist."""
+    """Replace the file name in a texture statement with the absolute path, even if the file does not exist."""
     name = _without_options(value)
     bare = name.strip('"').replace("\\", "/")
     candidates = [folder / one for one in (name, bare, bare.replace("_", " "), posixpath.basename(bare))]

@@ -1,4 +1,4 @@
-"""The source ``fetch objaverse``, which downloads objects of Objaverse 1.0.
+"""The source ``fetch objaverse``, which downloads objects from Objaverse 1.0.
 
 The data set has the following tables, which are stored in ``OUT/index`` after the download:
 
@@ -48,7 +48,7 @@ def fetch_objaverse(
     """Download missing objects and write the asset list.
 
     Args:
-        out: Destination folder of ``glbs/000-023/UID.glb``, ``index/`` and the files of ``write_outputs``.
+        out: Destination folder for ``glbs/000-023/UID.glb``, ``index/`` and the files that ``write_outputs`` writes.
         uids: Uids of objects to include.
         categories: LVIS categories of objects to include.
         limit: Maximum number of objects. The objects are sorted by uid, and uids are random. If None, all objects are
@@ -61,10 +61,10 @@ def fetch_objaverse(
     """
     if not uids and not categories:
         remedy = (
-            "pass for example --categories chair,table --limit 100, or --uids-file with one uid per line (the keys of "
-            "object-paths.json.gz are all uids)"
+            "pass, for example, --categories chair,table --limit 100, or --uids-file with one uid per line (the keys "
+            "of object-paths.json.gz are all uids)"
         )
-        raise InputError("uids or categories (the complete data set has a size of 8.9 TB)", "neither", remedy)
+        raise InputError("uids or categories (the complete data set is 8.9 TB)", "neither", remedy)
     base, index = base.rstrip("/"), out / "index"
     annotations = _table(base, index, "lvis-annotations.json.gz") if categories else {}
     _reject_unknown("category", categories, annotations)
@@ -95,7 +95,7 @@ def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset
     Args:
         uid: Uid of the object.
         file: Path of the mesh in the assets folder, or URL of the mesh.
-        record: Metadata of the object. It is untrusted, so the value can have any type.
+        record: Metadata of the object. It is untrusted, so it can have any type.
         category: LVIS category by which the object was selected, or "" if it was selected by uid.
     """
     license = _text(record, "license")
@@ -138,7 +138,7 @@ def _reject_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> N
 
 
 def _table(base: str, index: Path, name: str) -> dict[str, Any]:
-    """Read a table. If it is missing, it is downloaded."""
+    """Read a table, and download it first if it is missing."""
     path = index / name
     download(f"{base}/{name}", path)
     remedy = f"delete {path} and run the same command again"

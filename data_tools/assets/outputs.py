@@ -33,8 +33,8 @@ def write_outputs(
     Args:
         out: Folder of the meshes, to which the files are written.
         assets: Usable assets.
-        left_out: Mapping from the ids of objects that are left out to the reasons. The text of a reason before the
-            first ":" is the category in the printed counts.
+        left_out: Mapping from the ids of objects that are left out to the reasons. The printed summary counts the
+            reasons by their text before the first ":".
         changes: Description of the collection and of modifications to the meshes, for ``ATTRIBUTION.txt``.
         hint: Line to print if objects were left out. If "", no line is printed.
 
@@ -45,9 +45,7 @@ def write_outputs(
     write_atomically(out / LEFT_OUT_NAME, "".join(lines).encode())
     if left_out:
         total = len(assets) + len(left_out)
-        print(
-            f"Left out {len(left_out)} of {counted(total, 'object')}. The reasons are in {out / LEFT_OUT_NAME}:"
-        )
+        print(f"Left out {len(left_out)} of {counted(total, 'object')} (reasons in {out / LEFT_OUT_NAME}):")
         categories = Counter(reason.partition(":")[0] for reason in left_out.values())
         for category, count in categories.most_common():
             print(f"  {count:6d}  {category}")

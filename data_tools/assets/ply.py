@@ -1,14 +1,14 @@
 """Conversion of PLY files whose colors or faces Blender's importer does not read correctly.
 
-| file                                           | Blender's importer    | result of this module         |
-|------------------------------------------------|-----------------------|-------------------------------|
-| nonstandard color or texture coordinate names  | gray                  | recognized                    |
-| face colors                                    | gray                  | the colors                    |
-| ``TextureFile`` with UVs of vertices or faces  | gray                  | the texture                   |
-| several ``TextureFile`` comments               | gray                  | counted as missing textures   |
-| ``int`` colors in the range [0, 255]           | black                 | the colors                    |
-| non-finite positions in binary files           | moved to the origin   | rejected                      |
-| face with an out-of-range vertex index         | face is removed       | rejected                      |
+| Content of the PLY file                        | Blender's importer     | With this module             |
+|------------------------------------------------|------------------------|------------------------------|
+| Nonstandard color or texture coordinate names  | Object is gray         | Names are recognized         |
+| Face colors                                    | Object is gray         | Colors are imported          |
+| ``TextureFile`` with UVs of vertices or faces  | Object is gray         | Texture is imported          |
+| Several ``TextureFile`` comments               | Object is gray         | Counted as missing textures  |
+| ``int`` colors in the range [0, 255]           | Object is black        | Colors are imported          |
+| Non-finite positions in a binary file          | Moved to the origin    | File is rejected             |
+| Face with an out-of-range vertex index         | Face is removed        | File is rejected             |
 """
 
 import functools
@@ -103,8 +103,8 @@ class _Columns:
 def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     """Convert a PLY to a file that Blender's importer reads completely.
 
-    Properties for colors and texture coordinates are renamed to the names that the importer expects, and all line ends
-    are replaced by line feeds. If faces have colors or texture coordinates, each corner of a face becomes a separate
+    Properties for colors and texture coordinates are renamed to the names that the importer expects, and line endings
+    are replaced with line feeds. If faces have colors or texture coordinates, each corner of a face becomes a separate
     vertex, to which these values are copied.
 
     Args:
@@ -181,7 +181,7 @@ def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _
     Args:
         elements: Elements of the header.
         body: Data after the header.
-        order: Byte order in the notation of NumPy, or "" for an ASCII file.
+        order: Byte order in NumPy notation, or "" for an ASCII file.
 
     Returns:
         Mapping from element names to columns. If the data is invalid, the mapping is empty, so that Blender's importer
@@ -205,7 +205,7 @@ def _read_rows(element: _Element, data: bytes, at: int, order: str) -> tuple[lis
         element: Element of the header.
         data: Data of all elements. All values of an ASCII file have the type float64.
         at: Offset of the first row in bytes.
-        order: Byte order in the notation of NumPy, or "" for an ASCII file.
+        order: Byte order in NumPy notation, or "" for an ASCII file.
 
     Returns:
         Structured arrays of consecutive rows, and the offset after the last row.
@@ -214,7 +214,7 @@ def _read_rows(element: _Element, data: bytes, at: int, order: str) -> tuple[lis
 
     @functools.cache
     def layout(*lengths: int) -> np.dtype[np.void]:
-        """Return the layout of a row. It ends at the first list for which ``lengths`` contains no length."""
+        """Return the dtype of a row, up to the length field of the first list that is not covered by ``lengths``."""
         fields, given = list[tuple[str, str, tuple[int, ...]]](), iter(lengths)
         for key, (dtype, length) in element.properties.items():
             shape: tuple[int, ...] = ()
@@ -299,7 +299,7 @@ def _split_corners(vertex: _Columns, face: _Columns, added: Sequence[str]) -> by
 
 
 def _encode(columns: dict[str, npt.NDArray[np.generic]], lengths: npt.NDArray[np.int64]) -> bytes:
-    """Encode a PLY whose faces use consecutive vertices."""
+    """Encode a binary PLY in which the corners of the faces are consecutive vertices."""
     count = int(lengths.sum())
     rows = np.empty(count, [(key, "<" + _type(values)) for key, values in columns.items()])
     for key, values in columns.items():
@@ -313,5 +313,5 @@ def _encode(columns: dict[str, npt.NDArray[np.generic]], lengths: npt.NDArray[np
 
 
 def _type(values: npt.NDArray[np.generic] | None) -> str:
-    """Return the type of a column without the byte order, for example "f4"."""
+    """Return the type of a column without the byte order, for example, "f4"."""
     return "" if values is None else values.dtype.str[1:]

@@ -1,4 +1,4 @@
-"""Search for meshes in a folder, and reader for the metadata in ``assets.csv``.
+"""Functions that find the meshes in a folder and read their metadata from ``assets.csv``.
 
 ``assets.csv`` is a UTF-8 file with the header ``id,name,creator,source,license,sha256`` and an optional last column
 ``up``, which is "z" for OBJ and PLY files whose z axis points up. The id of a mesh is the path in the folder without
@@ -47,15 +47,15 @@ _UP_COLUMN = "up"
 
 
 def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
-    """Return the assets of a folder.
+    """Return the assets in a folder.
 
-    If the folder has an ``assets.parquet``, the assets in this list are returned. Otherwise, the folder is searched
+    If the folder contains ``assets.parquet``, the assets in this list are returned. Otherwise, the folder is searched
     recursively for meshes.
 
     Args:
         folder: Folder of assets.
-        out: Folder of shards from an earlier run. Assets in ``assets.parquet`` of this folder keep the same ids. If
-            None, all ids are derived from the paths.
+        out: Folder of shards from an earlier run. Assets that are listed in its ``assets.parquet`` keep their ids.
+            If None, all ids are derived from the paths.
 
     Returns:
         The assets, sorted by id.
@@ -115,20 +115,22 @@ def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -
         note = f"Ignored: {format_ignored(ignored)}. Only {MESH_FORMATS} files in {folder} are rendered."
         print(note, file=sys.stderr)
     if not files:
-        raise AssetsError(f"{MESH_FORMATS} files in {folder}", "none", "pass another ASSETS=<folder>")
+        raise AssetsError(
+            f"{MESH_FORMATS} files in {folder}", "none", "pass another folder with ASSETS=<folder>"
+        )
     by_id = assign_ids(files, known)
     table = read_table(folder / TABLE_NAME)
     if unused := sorted(set(table) - set(by_id)):
         print(
-            f"Note: {folder / TABLE_NAME} has {counted(len(unused), 'row')} with an id that no mesh has, for example "
-            f"{unused[0]!r}. An example of a valid id is {min(by_id)!r}.",
+            f"Note: {folder / TABLE_NAME} has {counted(len(unused), 'row')} whose id does not match any mesh, for "
+            f"example, {unused[0]!r}. An example of a valid id is {min(by_id)!r}.",
             file=sys.stderr,
         )
     return tuple(_make_asset(folder, key, by_id[key], table.get(key, {})) for key in sorted(by_id))
 
 
 def format_ignored(ignored: Counter[str]) -> str:
-    """Format counts in descending order, for example as ``41 .stl, 19 .dae, 1 linked folder``."""
+    """Format counts in descending order, for example, as ``41 .stl, 19 .dae, 1 linked folder``."""
     return ", ".join(
         f"{count} {what}" if what.startswith(".") else counted(count, what)
         for what, count in ignored.most_common()
@@ -138,11 +140,11 @@ def format_ignored(ignored: Counter[str]) -> str:
 def find_meshes(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Search a folder recursively for meshes.
 
-    Symbolic links to folders, hidden files and ``__MACOSX`` folders are skipped.
+    Symbolic links to folders, hidden files, hidden folders and ``__MACOSX`` folders are skipped.
 
     Returns:
         The paths of mesh files, in no specific order, and the number of files and folders that are not rendered, by
-        suffix or description, for example "hidden mesh".
+        suffix or description, for example, "hidden mesh".
     """
     meshes, ignored, pending = list[Path](), Counter[str](), [(folder, False)]
     while pending:
@@ -178,8 +180,8 @@ def is_hidden_name(name: str) -> bool:
 def assign_ids(files: Iterable[Path], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Path]:
     """Derive ids from paths in the assets folder. The id of ``chairs/red 1.glb`` is ``chairs_red_1``.
 
-    If ids are equal, for example for ``a.obj`` and ``a.ply``, the suffix of the file is appended. If the ids are still
-    equal, for example for ``a b.glb`` and ``a_b.glb``, a hash of the path is appended instead. The hash is also
+    If ids are equal, as for ``a.obj`` and ``a.ply``, the suffix of the file is appended. If the ids are still
+    equal, as for ``a b.glb`` and ``a_b.glb``, a hash of the path is appended instead. The hash is also
     appended if a path is too long or not ASCII.
 
     Args:

@@ -52,11 +52,13 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
     """Convert missing models and write the asset list.
 
     Args:
-        out: Destination folder of ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt`` and the files of ``write_outputs``.
+        out: Destination folder for ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt`` and the files that ``write_outputs``
+            writes.
         package: Path of the Debian package. If None, the package is downloaded with ``apt-get``.
 
     Raises:
-        InputError: Blender is not installed, the package is not the expected version, or there are no usable models.
+        InputError: Blender is not installed, the package cannot be downloaded or is not the expected version, or there
+            are no usable models.
     """
     if importlib.util.find_spec("bpy") is None:
         remedy = "use .venv-render/bin/python, which `make .venv-render` creates"
@@ -87,7 +89,7 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
 
     Args:
         archive: Path of the ``.sh3f`` file of the library.
-        out: Destination folder of the GLB files.
+        out: Destination folder for the GLB files.
 
     Returns:
         A tuple (asset, task, reason) per model. The hash of the asset is "", and the reason is "" if the model is

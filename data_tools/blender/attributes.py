@@ -1,4 +1,4 @@
-"""Access to the data of Blender meshes as arrays. The module requires ``bpy``."""
+"""Functions that read Blender mesh data as arrays. The module requires ``bpy``."""
 
 import bpy
 import numpy as np
@@ -6,14 +6,14 @@ import numpy.typing as npt
 
 
 def read_floats(items: "bpy.types.bpy_prop_collection", name: str, width: int = 3) -> npt.NDArray[np.float32]:
-    """Return a float attribute of n items of a Blender collection, shape (n, width)."""
+    """Return a float attribute of the n items in a Blender collection, as an array of shape (n, width)."""
     values = np.empty((len(items), width), dtype=np.float32)
     items.foreach_get(name, values.reshape(-1))
     return values
 
 
 def read_ints(items: "bpy.types.bpy_prop_collection", name: str) -> npt.NDArray[np.int32]:
-    """Return an integer attribute of n items of a Blender collection, shape (n,)."""
+    """Return an integer attribute of the n items in a Blender collection, as an array of shape (n,)."""
     values = np.empty(len(items), dtype=np.int32)
     items.foreach_get(name, values)
     return values

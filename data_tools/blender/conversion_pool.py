@@ -31,7 +31,7 @@ class ConversionTask:
     Attributes:
         id: Id by which the caller identifies the model.
         archive: Zip file that contains the model.
-        members: Mapping from the paths of files to extract to their names in the zip file.
+        members: Mapping from destination paths to names in the zip file, for all files to extract.
         obj: Path of the OBJ, which is a key of ``members``.
         glb: Path of the output file.
     """

@@ -60,7 +60,7 @@ def _remove_duplicate_faces(mesh: bpy.types.Mesh) -> None:
 
 
 def _make_matte(material: bpy.types.Material, scratch: Path) -> None:
-    """Replace a material by a matte material with the same color, texture and opacity."""
+    """Replace a material with a matte material with the same color, texture and opacity."""
     tree = material.node_tree
     (shader,) = principled_shaders(material)
     # Kd is an sRGB color in these files, but Blender reads it as a linear color

@@ -32,5 +32,5 @@ def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
 
 
 def cycles_device(backend: str) -> str:
-    """Return the value of ``scene.cycles.device`` for a backend that ``enable_gpus`` has returned."""
+    """Return the value of ``scene.cycles.device`` for a backend returned by ``enable_gpus``."""
     return "CPU" if backend == "cpu" else "GPU"

@@ -69,7 +69,7 @@ def cull_back_faces() -> bool:
 
 
 def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:
-    """Return a number with the sign of the volume that the faces of a material enclose.
+    """Return a number that is proportional to the signed volume enclosed by the faces of a material.
 
     The number is negative if the faces point inward, 0 if there are no faces, and minus infinity if the surface is
     open, which means that an edge does not belong to two faces with consistent orientation.
@@ -115,7 +115,7 @@ def separate_duplicate_faces() -> float:
     on an opaque face, and single-sided faces with opposite orientations.
 
     Returns:
-        Number of removed faces divided by the number of all faces.
+        Number of removed faces divided by the total number of faces.
     """
     objects = visible_meshes()
     if not objects:
@@ -146,7 +146,7 @@ def _levels(
     material: npt.NDArray[np.int64],
     opaque: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int16]:
-    """Return the level of each face, which determines the offset of the face.
+    """Return the level of each face, which determines its offset.
 
     Coincident faces that are kept have the levels 0, 1, and so on. The level of faces to remove is -1.
 
@@ -205,7 +205,7 @@ def _longest_side(objects: list[bpy.types.Object]) -> float:
 def _faces(
     obj: bpy.types.Object, size: float
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the properties from which duplicate faces are determined.
+    """Return the properties of each face that are used to detect duplicates.
 
     Args:
         obj: Mesh object.

@@ -162,7 +162,7 @@ def import_gltf(file: str) -> set[str]:
         file: Path of the file.
 
     Returns:
-        Status of Blender's import operator, for example {"FINISHED"}.
+        Status of Blender's import operator, for example, {"FINISHED"}.
 
     Raises:
         AssetError: A vertex position is not finite, or the data of a mesh is invalid.
@@ -196,7 +196,7 @@ class _Hooks:
         obj: bpy.types.Object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Hide an object if the node of the object or an ancestor of this node is not visible."""
+        """Hide an object if its node or an ancestor of its node is not visible."""
         if self._hidden is None:
             self._hidden = self._find_hidden(importer.data.nodes)
         if {vnode.mesh_node_idx, vnode.parent} & self._hidden:
@@ -215,9 +215,9 @@ class _Hooks:
     def gather_import_mesh_before_hook(
         self, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
     ) -> None:
-        """Record non-finite vertex positions, and move faces with the same vertices as an earlier face.
+        """Record non-finite vertex positions, and move duplicate faces to a new primitive.
 
-        These faces are moved to a new primitive, because the importer would remove them.
+        The importer would remove faces that have the same vertices as an earlier face of the primitive.
         """
         try:
             for primitive in list(mesh.primitives):
@@ -257,7 +257,7 @@ class _Hooks:
         _: object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Record meshes for which the decompression failed, because the importer skips them without an error."""
+        """Record meshes that could not be decompressed, because the importer skips them without an error."""
         used = [primitive.attributes.get("POSITION"), primitive.indices]
         if "KHR_draco_mesh_compression" in (primitive.extensions or {}) and any(
             importer.data.accessors[one].buffer_view is None for one in used if one is not None

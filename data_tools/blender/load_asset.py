@@ -91,7 +91,7 @@ def load_asset(
 
 
 def _reject_lost_faces(obj: bytes) -> None:
-    """Reject an OBJ if the importer removed faces with invalid vertex indices. Duplicate faces may be removed."""
+    """Reject an OBJ if the importer removed faces with invalid vertex indices. Removed duplicates are allowed."""
     if sum(len(mesh.polygons) for mesh in bpy.data.meshes) >= obj.count(b"\nf "):
         return
     if face := obj_materials.find_invalid_face(obj):
@@ -147,7 +147,10 @@ def _printable(name: str) -> str:
 def prepare_scene(
     normalize: Normalization, lost: Sequence[str] = ()
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
-    """Hide cameras, lights and hidden objects, select the first frame, correct the materials, and normalize the scene.
+    """Prepare an imported scene for rendering.
+
+    Cameras, lights and hidden objects are excluded from rendering, the first frame is selected, the materials are
+    corrected, and the scene is normalized.
 
     Args:
         normalize: Normalization, "sphere" or "cube".
@@ -236,7 +239,7 @@ def _is_clear(material: bpy.types.Material | None) -> bool:
 
 
 def _is_colored(used: Iterable[bpy.types.Material]) -> bool:
-    """Return whether materials have a texture, vertex colors or different colors."""
+    """Return whether materials have a texture, vertex colors or more than one color."""
     colors = set()
     for material in used:
         shown = [
@@ -297,8 +300,8 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     """Center the bounding box at the origin and scale the scene, by adding a parent to all root objects.
 
     Returns:
-        Half side lengths of the box, shape (3,), longest side of the box before scaling, number of triangles, and
-        fraction of degenerate triangles.
+        (3,) half side lengths of the box, longest side of the box before scaling, number of triangles, and fraction of
+        degenerate triangles.
     """
     meshes = list(world_meshes())
     if not meshes:
@@ -323,7 +326,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     if steps < MIN_STEPS:
         raise AssetError(
             expected=f"at least {MIN_STEPS} float32 positions across the object",
-            found=f"{steps:.0f}, because the object is far from the origin ({distance / size:.3g} times the size)",
+            found=f"{steps:.0f}, because the object is far from the origin ({distance / size:.3g} times its size)",
             remedy="move the object to the origin, and export the mesh again",
         )
     triangles = sum(len(corners) for _, corners in meshes)

@@ -27,7 +27,7 @@ def prepare_obj(content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Pat
     """Write a copy of an OBJ and a merged MTL with the same stem.
 
     ``mtllib`` statements that Blender would recognize are removed from the copy, so that Blender opens only the merged
-    MTL and no file that has not been checked.
+    MTL and no unchecked files.
 
     Args:
         content: Content of the OBJ.
@@ -182,7 +182,7 @@ def apply_texture(image_path: Path) -> None:
 
 
 def _new_material(name: str) -> tuple[bpy.types.Material, bpy.types.Node]:
-    """Return a new matte material and the Principled BSDF node of the material."""
+    """Return a new matte material and its Principled BSDF node."""
     material = bpy.data.materials.new(name)
     material.use_nodes = True
     shader = material.node_tree.nodes["Principled BSDF"]

@@ -56,7 +56,7 @@ def read_geometry(
 
 
 def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Return a mapping from the names of the passes of the last image to arrays (H, W, channels)."""
+    """Return the passes of the last image as a mapping from names to arrays of shape (H, W, channels)."""
     path = os.fspath(scratch / "passes.exr")
     image = bpy.context.scene.render.image_settings
     image.media_type, image.file_format = "MULTI_LAYER_IMAGE", "OPEN_EXR_MULTILAYER"

@@ -1,4 +1,4 @@
-"""Blender processes, in which the driver renders objects with time and memory limits.
+"""Blender processes that render objects, with time and memory limits.
 
 A process runs ``data_tools.blender.worker``, which describes the protocol. If the process crashes or exceeds a limit,
 only the current object fails. The module does not require ``bpy``.
@@ -47,7 +47,7 @@ class BlenderError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of a Blender process.
+    """Limits for a Blender process.
 
     Attributes:
         time_s: Maximum time per object in seconds.
@@ -77,9 +77,10 @@ class RenderResult:
     """Result of rendering one asset.
 
     Attributes:
-        asset: The asset.
+        asset: Asset that was requested.
         status: "done" if the object was rendered, "failed" if the asset is invalid and must not be retried, "crashed"
-            if the process ended, "unreachable" if the download failed, or "no space" if the disk is full.
+            if the process ended or exceeded a limit, "unreachable" if the download failed, or "no space" if the disk is
+            full.
         reason: Reason for the failure, or "" if the status is "done".
         members: Mapping from names to contents of the members of the sample. It is empty unless the status is "done".
         log: Output of Blender, or "" if the status is "done".
@@ -218,7 +219,7 @@ class BlenderProcess:
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
     def _output(self, length: int) -> str:
-        """Return the last bytes of the output of Blender since the last request."""
+        """Return the last ``length`` bytes that Blender has printed since the last request."""
         end = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(self._log_start, end - length))
         return self._log.read().decode(errors="replace")

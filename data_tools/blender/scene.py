@@ -26,7 +26,7 @@ MARGIN_PX = 2.0
 
 
 def renderer_name() -> str:
-    """Return the name of the renderer, for example ``blender 5.0.1 cycles cpu``."""
+    """Return the name of the renderer, for example, ``blender 5.0.1 cycles cpu``."""
     return f"blender {bpy.app.version_string} cycles {_choose_device()}"
 
 

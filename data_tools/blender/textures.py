@@ -16,7 +16,7 @@ from data_tools.assets.obj_materials import find_file
 def find_textures(folder: Path) -> None:
     """Load missing images from the folder of the mesh.
 
-    The path of the image is searched in the folder, first the whole path and then the path without leading folders.
+    The function searches the folder for the whole path of an image, and then for the path without leading folders.
     Differences in case, Unicode normalization and path separators are ignored.
 
     Args:
@@ -45,7 +45,7 @@ def ignore_color_alpha() -> None:
 
 
 def link_opacity_masks() -> None:
-    """Use the brightness of opacity textures without alpha as opacity.
+    """Use the brightness of an opacity texture as the opacity if the texture has no alpha.
 
     If alpha is 0 in all pixels, it is ignored, because some programs do not set the fourth byte of BMP and TGA files.
     """
@@ -90,7 +90,7 @@ def clamp_textures(paths: Container[str]) -> None:
     """Clamp textures instead of repeating them.
 
     Args:
-        paths: Paths of the images of the textures.
+        paths: Paths of the texture images to clamp.
     """
     for _, node in _textures():
         if str(Path(bpy.path.abspath(node.image.filepath))) in paths:

@@ -1,10 +1,10 @@
 """The program ``python -m data_tools.blender.worker``, which renders assets in a Blender process.
 
-Requests are lines of JSON in standard input. The first request is a ``WorkerSetup``, and the response contains the name
+Requests are lines of JSON on standard input. The first request is a ``WorkerSetup``, and the response contains the name
 of the renderer. Each subsequent request is an asset. A response is written to standard output with
 ``multiprocessing.connection``. The first message is JSON with the status and the names of the members of the sample,
-and each further message is the content of a member. The process exits immediately when standard input is closed, even
-during a render. Messages from Blender are written to standard error.
+and each subsequent message is the content of a member. The process exits immediately when standard input is closed,
+even during a render. Messages from Blender are written to standard error.
 """
 
 import dataclasses
@@ -193,7 +193,7 @@ def _try_render(
 
 
 def _start_reader(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
-    """Read lines in a thread. When the stream is closed, the thread exits the process."""
+    """Return a queue to which a thread adds the lines of a stream. The process exits when the stream is closed."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:

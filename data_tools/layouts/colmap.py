@@ -60,7 +60,7 @@ class Camera:
     p2: float = 0.0
 
     def displacement(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Compute the displacement of image points by lens distortion.
+        """Compute the displacement of image points that is caused by lens distortion.
 
         Args:
             pixels: (N, 2) image points in pixels.
@@ -161,7 +161,10 @@ def _unpack(file: BytesIO, layout: str) -> tuple[Any, ...]:
 
 
 def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Convert a unit quaternion (w, x, y, z) to the rotation matrix I + 2 w [v] + 2 [v]^2, where v = (x, y, z)."""
+    """Convert a unit quaternion (w, x, y, z) to a rotation matrix.
+
+    The matrix is I + 2 w [v] + 2 [v]^2, where [v] is the cross product matrix of v = (x, y, z).
+    """
     w, x, y, z = quaternion
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + 2 * w * cross + 2 * cross @ cross

@@ -1,4 +1,4 @@
-"""Search for object folders, and safe readers for untrusted files.
+"""Functions that find object folders and safely read untrusted files.
 
 The size of a file is checked before it is read. Pickled arrays are rejected.
 """
@@ -84,7 +84,7 @@ def find_folders(root: Path, names: str) -> list[Path]:
 
 
 def numbered_images(folder: Path) -> list[Path]:
-    """Return the images in a folder whose names are numbers, for example ``007.png``, in order.
+    """Return the images in a folder whose names are numbers, for example, ``007.png``, in order.
 
     Raises:
         LayoutError: There are no images or more than ``MAX_VIEWS``, or two images have the same number.

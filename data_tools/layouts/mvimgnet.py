@@ -6,8 +6,8 @@
     <category>/<instance>/masks/001.jpg.png                     mask of MVImgNet 2.0
 
 A view is cropped to a square around the mask with a margin, and the intrinsics refer to the square. Pixels outside the
-mask or the image are transparent. ``object_frame`` normalizes the cameras. After the normalization, the distance of the
-cameras depends on the video.
+mask or the image are transparent. ``object_frame`` normalizes the cameras. The normalized camera distance
+differs between videos.
 
 A frame is usable if the image and the mask exist and the mask does not touch the image border, where a part of the
 object could be missing. The views are selected evenly from the usable frames. COLMAP models in ``sparse/1`` are not
@@ -122,7 +122,7 @@ def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
 
 
 def _rays(posed: PosedImage, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the unit directions in world coordinates, shape (N, 3), of pixels with shape (N, 2)."""
+    """Convert pixel coordinates of shape (N, 2) to unit ray directions of shape (N, 3) in world coordinates."""
     camera = posed.camera
     x, y = (pixels[:, 0] - camera.cx) / camera.fx, (pixels[:, 1] - camera.cy) / camera.fy
     rays = np.stack([x, y, np.ones_like(x)], axis=1) @ posed.c2w[:3, :3].T

@@ -36,10 +36,10 @@ def to_object_frame(outlines: list[ObjectOutline], where: str) -> npt.NDArray[np
 
     The origin is the point with the smallest sum of squared distances to the rays through the centers of the outlines.
     The unit of length is the radius of the smallest sphere around the origin that covers all outlines. The right axis
-    of the first camera is +x, so this camera is on the side -y of the object.
+    of the first camera is +x, so this camera is on the -y side of the object.
 
     Args:
-        outlines: Outlines in V images from different sides.
+        outlines: Outlines of the object in V images from different viewpoints.
         where: Path for error messages.
 
     Returns:
@@ -95,5 +95,5 @@ def _nearest_point(
 
 
 def _distances(point: npt.NDArray[np.float64], rays: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the distances between a point and rays through the origin, shape (N,)."""
+    """Return the (N,) distances between a point and N rays through the origin."""
     return np.linalg.norm(point - (rays @ point)[:, None] * rays, axis=1)

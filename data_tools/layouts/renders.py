@@ -1,4 +1,4 @@
-"""Layouts of Objaverse objects that OpenLRM, Zero-1-to-3 and InstantMesh rendered. The up axis of the worlds is +z.
+"""Layouts of the Objaverse renderings of OpenLRM, Zero-1-to-3 and InstantMesh. The world up axis is +z.
 
 OpenLRM (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py):
 
@@ -6,7 +6,7 @@ OpenLRM (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py):
     <uid>/pose/000.npy        (3, 4) camera-to-world matrix with OpenGL axes (x right, y up, z backward)
     <uid>/intrinsics.npy      (3, 2) rows (fx, fy), (cx, cy) and (width, height) in pixels
 
-The images can have a different size than ``intrinsics.npy`` specifies. The bounding box of the object is centered at
+The size of the images can differ from the size in ``intrinsics.npy``. The bounding box of the object is centered at
 the origin, and the longest side is 2. The focal length is 0.75 times the image width (24 mm lens, 32 mm sensor).
 
 Zero-1-to-3 (github.com/cvlab-columbia/zero123, objaverse-rendering/):
@@ -15,8 +15,8 @@ Zero-1-to-3 (github.com/cvlab-columbia/zero123, objaverse-rendering/):
     <uid>/000.npy             (3, 4) world-to-camera matrix with OpenGL axes
 
 The matrices have OpenGL axes, because the conversion to OpenCV axes is disabled in the script that rendered the images.
-Intrinsics are not stored. The focal length is 35 mm and the sensor width is 32 mm, which is a field of view of 49.1
-degrees. The longest side of an object is 1, and the distance of the cameras is between 1.5 and 2.2. This module
+Intrinsics are not stored. The focal length is 35 mm and the sensor width is 32 mm, which corresponds to a field of
+view of 49.1 degrees. The longest side of an object is 1, and the camera distance is between 1.5 and 2.2. This module
 multiplies all lengths by 2.
 
 InstantMesh (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 13):
@@ -24,11 +24,11 @@ InstantMesh (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 
     <uid>/000.png             RGBA image
     <uid>/cameras.npz         array ``cam_poses`` with shape (V, 3, 4)
 
-The field of view is 50 degrees, the distance of the cameras is between 2.0 and 3.5, and the object is inside [-1, 1]^3.
+The field of view is 50 degrees, the camera distance is between 2.0 and 3.5, and the object is inside [-1, 1]^3.
 The files ``000_normal.png`` and ``000_depth.png`` are ignored. The data loader of InstantMesh reads ``cam_poses`` as
 world-to-camera matrices with OpenGL axes. The script that rendered the images is not published, and scripts by third
-parties store camera-to-world matrices or OpenCV axes. ``to_opencv_poses`` detects the convention, because the cameras
-look at the origin. A field of view that is not 50 degrees is not detected.
+parties store camera-to-world matrices or use OpenCV axes. ``to_opencv_poses`` detects the convention, because the
+cameras look at the origin. A field of view that is not 50 degrees is not detected.
 """
 
 import dataclasses
@@ -133,7 +133,8 @@ def to_opencv_poses(matrices: _Array, where: Path) -> _Array:
     """Convert poses in an unknown convention to OpenCV camera-to-world matrices.
 
     If the matrices are interpreted correctly as camera-to-world or world-to-camera, the origin is on the optical axes
-    of all cameras. The z coordinate of the origin is negative for OpenGL axes and positive for OpenCV axes.
+    of all cameras. In camera coordinates, the z coordinate of the origin is negative for OpenGL axes and positive for
+    OpenCV axes.
 
     Args:
         matrices: (V, 4, 4) poses of cameras that look at the origin.

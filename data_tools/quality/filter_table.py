@@ -1,4 +1,7 @@
-"""The table ``filter.parquet``, which contains the measures and the outcome of each asset, sorted by id."""
+"""The table ``filter.parquet``, which contains the measures and the outcome of each asset, sorted by id.
+
+The outcome is "kept", "rejected" or "failed".
+"""
 
 import dataclasses
 from collections import Counter

@@ -46,7 +46,7 @@ def check_geometry(sample: Sample) -> None:
     """Check whether the depth and normal maps of a sample are consistent with the views and cameras.
 
     Raises:
-        SampleError: A map is missing, or inconsistent with a view or with a different map.
+        SampleError: A map is missing, or inconsistent with a view or with another map.
     """
     key, types = sample.info.id, geometry_types(sample)
     invalid = partial(SampleError, subject=f"sample {key!r}")
@@ -96,7 +96,7 @@ def check_geometry(sample: Sample) -> None:
 
 
 def back_project(depth: FloatArray, c2w: FloatArray, fxfycxcy: FloatArray) -> npt.NDArray[np.float64]:
-    """Compute the points of a depth map. Pixels with depth 0 are skipped.
+    """Back-project the pixels of a depth map to points. Pixels with depth 0 are skipped.
 
     Args:
         depth: (H, W) depth map.
@@ -118,10 +118,10 @@ def _camera_rays(seen: MaskArray, fxfycxcy: FloatArray) -> npt.NDArray[np.float6
 
 
 def _compare_depths(depths: list[FloatArray], c2w: FloatArray, fxfycxcy: FloatArray) -> tuple[int, int]:
-    """Project the points of each depth map to all other views, and compare the depths.
+    """Project the points of each depth map into all other views, and compare the depths.
 
-    If the cameras are correct, only points at edges and behind single-sided faces are in front of the surface of a
-    different view. The tolerance is the size of a pixel on the surface.
+    If the cameras are correct, only points at edges and behind single-sided faces are in front of the surface in
+    another view. The tolerance is the size of a pixel on the surface.
 
     Args:
         depths: V depth maps, shape (H, W).
@@ -129,7 +129,7 @@ def _compare_depths(depths: list[FloatArray], c2w: FloatArray, fxfycxcy: FloatAr
         fxfycxcy: (V, 4) normalized intrinsics.
 
     Returns:
-        Number of points on the surface of a different view, and number of points in front of the surface.
+        Number of points on the surface in another view, and number of points in front of it.
     """
     on = before = 0
     for view, depth in enumerate(depths):

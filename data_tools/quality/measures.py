@@ -52,13 +52,13 @@ class MeshMeasures:
 
     Attributes:
         triangles: Number of visible triangles.
-        degenerate: Fraction of triangles whose area is 0.
-        doubled: Fraction of faces that were removed because they coincide with a different face.
+        degenerate: Fraction of triangles whose area is zero or negligible.
+        doubled: Fraction of faces that were removed because they coincide with another face.
         one_sided: Whether there are open surfaces that are not visible from the back.
         size: Longest side of the bounding box in the units of the file.
         thinness: Shortest side of the bounding box divided by the longest side.
         materials: Number of materials that visible objects use.
-        colored: Whether the materials have a texture, vertex colors or different colors.
+        colored: Whether the materials have a texture, vertex colors or more than one color.
         textures: Number of textures.
         missing_textures: Number of missing or unreadable textures, material files and materials.
         animated: Whether the file contains animations. Only the first frame is rendered.
@@ -89,7 +89,7 @@ class Measures(MeshMeasures):
 
     Attributes:
         coverage: Mean fraction of the image that the object covers.
-        coverage_min: Minimum fraction of the image that the object covers in a view.
+        coverage_min: Minimum fraction of the image that the object covers in any view.
         cropped: Fraction of views in which the object touches the image border.
         white: Fraction of white pixels among the pixels of the object in all views.
         black: Fraction of black pixels among the pixels of the object in all views.
@@ -129,7 +129,7 @@ _RULE_PATTERN = re.compile(
 
 
 def parse_rule(text: str) -> Rule:
-    """Parse a rule, for example ``coverage >= 0.01``.
+    """Parse a rule, for example, ``coverage >= 0.01``.
 
     Raises:
         InputError: The text is not a valid rule.
@@ -144,7 +144,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
-    """Describe the violated rules, for example ``white 0.99, expected <= 0.98``, or return "" if there are none."""
+    """Describe the violated rules, for example, ``white 0.99, expected <= 0.98``, or return "" if there are none."""
     return "; ".join(
         f"{rule.measure} {float(getattr(measures, rule.measure)):.4g}, expected {rule.sign} {rule.number:g}"
         for rule in rules

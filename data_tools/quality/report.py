@@ -41,7 +41,7 @@ class Statistics:
 
     Attributes:
         infos: Records of all objects.
-        geometry: Mapping from "depth", "normal" and "surface" to the number of objects with this geometry.
+        geometry: Mapping from "depth", "normal" and "surface" to the number of objects that contain this data.
         camera_positions: (N, 3) positions of the cameras in world coordinates.
         quantities: Mapping from tuples (name, unit) to the (N,) values of all views.
     """

@@ -1,4 +1,4 @@
-"""Silhouette coherence test, which checks whether the silhouettes of all views can show the same object.
+"""Silhouette coherence test, which checks whether the silhouettes of all views could show the same object.
 
 A ray through a pixel of the object intersects the object, and the intersection point projects into the silhouettes of
 all other views. For each point on the ray, the maximum distance between the projection and the silhouettes is computed
@@ -6,7 +6,7 @@ in grid cells. The distance of the ray is the minimum over all points. If the ca
 sampling errors (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for Camera Calibration under Circular Motion",
 PAMI 2007).
 
-Coherence is a necessary condition but not a sufficient condition. For example, the views of a sphere are coherent in
+Coherence is necessary but not sufficient for correct cameras. For example, the views of a sphere are coherent in
 any order. Therefore, the test is repeated with modified cameras to determine whether errors can be detected for the
 object. The module requires only NumPy.
 """
@@ -65,7 +65,7 @@ class Silhouettes:
 
     Attributes:
         distance: (V, cells, cells) distances to the nearest nonempty cell, in cells.
-        pixels: V arrays with shape (R, 2) of normalized image coordinates (x, y) of pixels on the object.
+        pixels: V arrays of shape (R, 2) that contain the normalized image coordinates (x, y) of R pixels on the object.
         tolerance: Maximum mean distance of the rays of a view with a correct camera, in cells.
     """
 
@@ -285,8 +285,7 @@ def _cells(alpha: ByteArray, side: int, *, edges: bool) -> tuple[MaskArray, Mask
             object, because they can be partly covered.
 
     Returns:
-        Masks with shape (side, side) of the cells that are nonempty, and of the cells that are covered by at least one
-        half.
+        Two masks with shape (side, side), which mark the nonempty cells and the cells that are at least half covered.
     """
     rows, columns = (np.linspace(0, size, side + 1).astype(int)[:-1] for size in alpha.shape)
 

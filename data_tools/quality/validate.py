@@ -1,4 +1,4 @@
-"""The command ``python -m data_tools validate``, which checks every byte of a folder of shards.
+"""The command ``python -m data_tools validate``, which validates all shards in a folder.
 
 The size, sha256, tar members and index of each shard are checked. For each sample, the schema, the images, the depth
 and normal maps, the surface points and the cameras (see ``silhouettes``) are checked.
@@ -54,7 +54,7 @@ class ShardReport:
 
     Attributes:
         problems: Tuples (key, message), where the key is "" if the problem does not belong to a sample.
-        undetectable: Mapping from sample keys to camera errors that the views do not reveal.
+        undetectable: Mapping from sample keys to camera errors that cannot be detected from the views.
         shapes: Mapping from sample keys to (number of views, (height, width) of the images).
     """
 
@@ -70,7 +70,7 @@ class CheckedViews:
     Attributes:
         size: Height and width of the images.
         silhouettes: Silhouettes of the views.
-        undetectable: Camera errors that the views do not reveal.
+        undetectable: Camera errors that cannot be detected from the views.
     """
 
     size: tuple[int, int]
@@ -131,7 +131,7 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 
 
 def undetectable_message(error: str, keys: Sequence[str]) -> str:
-    """Return a message that lists objects whose views do not reveal a camera error.
+    """Return a message that lists the objects for which a camera error cannot be detected.
 
     Args:
         error: Name of the camera error.
@@ -167,7 +167,7 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
 
 
 def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
-    """Check whether the surface points of a sample cover the object in all views.
+    """Check that the surface points of a sample cover the object in all views.
 
     Args:
         sample: Sample with surface points.
@@ -182,14 +182,16 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
     if distances.max() > _MAX_UNCOVERED:
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"points of {SURFACE_MEMBER} that cover the object",
-            found=f"a mean distance of {distances.max():.1f} cells to the pixels of view {distances.argmax()}",
+            expected=f"points in {SURFACE_MEMBER} that cover the object",
+            found=f"a mean distance of {distances.max():.1f} grid cells to the pixels of view {distances.argmax()}",
             remedy="use the surface of the rendered object, at the same scale",
         )
 
 
 def find_folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[tuple[str, str]]:
-    """Find duplicate ids, and samples whose number or size of views differs from the other samples.
+    """Find duplicate ids and samples with an unexpected number or size of views.
+
+    The number of views is compared with the manifest, and the size of the views with the most common size.
 
     Args:
         manifest: Manifest of the folder.
@@ -214,7 +216,7 @@ def find_folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> 
 
 
 def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
-    """Compare the file of a shard with the hash in the manifest, and the tar headers with the index.
+    """Compare the hash of a shard with the manifest, and the tar headers with the index.
 
     Yields:
         Descriptions of the differences.
@@ -249,7 +251,7 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         if left < 0:
             raise SampleError(
                 subject=f"sample {sample.info.id!r}",
-                expected=f"at most {_MAX_PIXELS} pixels in all views",
+                expected=f"a total of at most {_MAX_PIXELS} pixels in all views",
                 found="more",
                 remedy="use fewer or smaller views",
             )
@@ -257,13 +259,13 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedViews:
-    """Check the images of a sample, and whether the cameras are consistent with the images.
+    """Check that the images of a sample are valid and consistent with the cameras.
 
     Args:
         sample: Sample to check.
         cameras: Whether to check the cameras.
-        one_sided: Whether surfaces are visible from one side only. The silhouettes of such surfaces are not always
-            coherent.
+        one_sided: Whether surfaces are visible from one side only. The silhouettes of such surfaces can be inconsistent
+            even if the cameras are correct, so inconsistent cameras are not an error.
 
     Raises:
         SampleError: An image or a camera is invalid.

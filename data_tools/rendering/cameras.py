@@ -1,8 +1,9 @@
-"""Camera presets, and sampling of the cameras of an object. The module requires only NumPy.
+"""Camera presets, and sampling of the cameras of an object. This module requires only NumPy.
 
 The radius and the height of a camera are sampled from the ranges of a preset. A camera looks at the origin with +z up.
-The azimuths are stratified. The circle is divided into V equal sectors, and each view has an azimuth in one sector. The
-order of the sectors is random, so that consecutive views show the object from different sides.
+The azimuths are stratified: the circle is divided into as many equal sectors as there are views, and one azimuth is
+sampled in each sector. The order of the sectors is random, so that consecutive views show the object from different
+sides.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class CameraPreset:
 
     Attributes:
         radius_range: Range of the distance from the origin in scene units.
-        height_range: Range of the z coordinate in scene units. It is clipped to 0.95 times the radius.
+        height_range: Range of the z coordinate in scene units. Its magnitude is at most 0.95 times the radius.
         fov_range_deg: Range of the horizontal and vertical field of view in degrees. Images are square.
         normalize: Normalization of the objects, "sphere" or "cube".
         orbit: Whether to use the directions in ``ORBIT_DEG`` instead of random directions.
@@ -67,7 +68,7 @@ class Cameras:
 
     Attributes:
         c2w: (V, 4, 4) float32 camera-to-world matrices in the OpenCV convention.
-        fxfycxcy: (V, 4) float32 intrinsics divided by the image size.
+        fxfycxcy: (V, 4) float32 intrinsics (fx, fy, cx, cy) divided by the image size.
     """
 
     c2w: FloatArray
@@ -75,7 +76,7 @@ class Cameras:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a hash of numbers and names in [0, 2^31), which is the same on all machines."""
+    """Hash numbers and names to an integer in [0, 2^31), which is the same on all machines."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
@@ -109,7 +110,7 @@ def camera_positions(radius: DoubleArray, height: DoubleArray, azimuth_rad: Doub
 
     Args:
         radius: (V,) distances from the origin.
-        height: (V,) z coordinates, which are clipped to ``MAX_HEIGHT_OF_RADIUS`` times the radius.
+        height: (V,) z coordinates. Their magnitudes are clipped to ``MAX_HEIGHT_OF_RADIUS`` times the radius.
         azimuth_rad: (V,) azimuths in radians. 0 is the direction +x, and the azimuth increases toward +y.
 
     Returns:
@@ -147,11 +148,11 @@ def frame_rectangle(
     Args:
         c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
         focal: Focal length divided by the image size.
-        half_extent: (3,) half side lengths of the box, which is centered at the origin.
-        margin: Margin that is added on each side, as a fraction of the image size.
+        half_extent: (3,) half-extents of the box, which is centered at the origin.
+        margin: Margin to add on each side, as a fraction of the image size.
 
     Returns:
-        Left, top, right and bottom as fractions of the image size, measured from the top left corner. If a part of the
+        Left, top, right and bottom as fractions of the image size, measured from the top-left corner. If part of the
         box is behind the camera, the rectangle is the whole image.
     """
     signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])

@@ -1,8 +1,8 @@
 """The command ``python -m data_tools render``, which renders meshes into shards.
 
-The first files in OUT are ``plan.parquet``, ``assets.parquet`` and ``render.json``. Parts and shards are written when
-objects are complete (see ``shard_folder``). After the last shard, ``filter.parquet`` and the contact sheet are written.
-The last file is ``manifest.json``.
+The files ``plan.parquet``, ``assets.parquet`` and ``render.json`` are written to the output folder first. During
+rendering, parts and shards are written as soon as they are complete (see ``shard_folder``). After the last shard,
+``filter.parquet``, the contact sheet and finally ``manifest.json`` are written.
 """
 
 import errno
@@ -132,7 +132,7 @@ def _complete_folder(assets: Sequence[Asset], out: Path, options: PoolOptions) -
 
 
 def _map(function: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
-    """Return ``list(map(function, *arguments))``, computed with one thread per CPU core."""
+    """Return ``list(map(function, *arguments))``, computed using one thread per CPU core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(function, *arguments))
 
@@ -204,7 +204,7 @@ def _render_pending(
                     raise InputError(
                         expected="reachable meshes",
                         found=f"{_UNREACHABLE} consecutive download failures: {result.reason}",
-                        remedy="run the same command again to resume, once the network is available",
+                        remedy="check the network connection, then run the same command again to resume",
                     )
                 if result.status == "done":
                     rendered += 1

@@ -1,4 +1,4 @@
-"""The command ``python -m data_tools launch`` (``make render-shards NODES=``), which renders in a Slurm job.
+"""The command ``python -m data_tools launch`` (``make render-shards NODES=``), which renders meshes in a Slurm job.
 
 The job script ``configs/cluster/render.sbatch`` starts Ray on all nodes with ``ray symmetric-run``, and runs ``render``
 on the first node.
@@ -24,7 +24,7 @@ def launch(options: argparse.Namespace, out: Path) -> None:
 
     Args:
         options: Parsed arguments of the command.
-        out: Folder of shards, which is an option in ``options.arguments``.
+        out: Folder of shards, as specified in ``options.arguments``.
 
     Raises:
         InputError: An option is invalid, or Slurm is not available.
@@ -53,11 +53,11 @@ def launch(options: argparse.Namespace, out: Path) -> None:
 
 
 def sbatch_command(options: argparse.Namespace, out: Path) -> list[str]:
-    """Return the command that submits the rendering to Slurm.
+    """Return the sbatch command that submits the render job.
 
     Args:
         options: Arguments of the command. ``gpus`` is the number of GPUs per node, or 0 to render on CPUs. If
-            ``partition``, ``account`` or ``time`` is "", the default of Slurm is used.
+            ``partition``, ``account`` or ``time`` is "", Slurm's default is used.
         out: Folder of shards, to which the log of the job is also written.
 
     Raises:
@@ -78,7 +78,7 @@ def sbatch_command(options: argparse.Namespace, out: Path) -> list[str]:
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the ``launch`` subcommand. The arguments of ``render`` follow after ``--``."""
+    """Add the ``launch`` subcommand. The arguments of ``render`` are given after ``--``."""
     parser = commands.add_parser(
         "launch",
         help="render with a Slurm job",
@@ -94,7 +94,7 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     add(
         "--time",
         default="",
-        help="time limit of the job, after which it is requeued (default: the limit in Slurm)",
+        help="time limit of the job, after which it is requeued (default: Slurm's default)",
     )
     add("--dry-run", action="store_true", help="print the command without running it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)

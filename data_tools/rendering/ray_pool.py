@@ -79,12 +79,12 @@ class PoolOptions:
 
 @dataclasses.dataclass(frozen=True)
 class WorkerResources:
-    """Resources that Ray reserves for one Blender process.
+    """Resources of one Blender process.
 
     Attributes:
-        cpus: Number of CPUs.
+        cpus: Number of CPUs to reserve.
         threads: Number of render threads.
-        gpus: Number of GPUs. It is a fraction if several processes share a GPU.
+        gpus: Number of GPUs to reserve. It is a fraction if several processes share a GPU.
     """
 
     cpus: int
@@ -93,7 +93,7 @@ class WorkerResources:
 
 
 class RenderActor:
-    """Ray actor with a Blender process, which is restarted after a crash and after ``Limits.objects`` objects.
+    """Ray actor with a Blender process, which is restarted after a crash or after ``Limits.objects`` objects.
 
     Args:
         options: Options of the Blender process.
@@ -127,7 +127,7 @@ class RenderActor:
         return self._blender
 
     def _start(self) -> BlenderProcess:
-        """Start Blender. If this fails, the start is retried."""
+        """Start Blender, and retry if it does not start."""
         options = self._options
         for wait_s in _START_RETRY_DELAYS_S:
             try:
@@ -138,7 +138,7 @@ class RenderActor:
 
 
 class RenderPool:
-    """The Blender processes of a run.
+    """Pool of the Blender processes of a run.
 
     Args:
         options: Options of the Blender processes.
@@ -351,7 +351,7 @@ def _init_ray(address: str, **options: object) -> None:
 
 
 def _alive_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster."""
+    """Return the resources of each active node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -375,7 +375,7 @@ def _choose_resources(jobs: int | None) -> WorkerResources:
 
 
 def _get(reference: ObjectRef) -> object:
-    """Return the result of a call. An exception in the actor is raised without the traceback that Ray adds."""
+    """Return the result of a remote call. If the actor raised an exception, raise it instead of ``RayTaskError``."""
     try:
         return ray.get(reference)
     except RayTaskError as error:

@@ -1,7 +1,7 @@
 """Plan for rendering assets into a folder of shards, and updates to the plan if the list of assets changes.
 
 The plan is stored in ``OUT/plan.parquet``, and the list of assets in ``OUT/assets.parquet``. Differences between the
-stored list and the current list have the following results:
+stored list and the current list are handled as follows:
 
 | difference | result |
 |---|---|
@@ -12,8 +12,8 @@ stored list and the current list have the following results:
 | removed asset that has been rendered | error |
 | changed mesh, up axis or split of an asset that has been rendered | error |
 
-An object is not moved to a different shard after it has been planned. A mesh is hashed and compared with the rendered
-mesh only if the size or the modification time differs from the plan.
+An object is never moved from its planned shard to a different shard. A mesh is hashed and compared with the rendered
+mesh only if the size or the modification time differs from the value in the plan.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ _THREADS = 16
 
 
 class PlanRow(NamedTuple):
-    """Row of ``plan.parquet``, which has one row per object in order of the shards.
+    """Row of ``plan.parquet``, which has one row per object in the order of the shards.
 
     Attributes:
         id: Id of the object.
@@ -80,7 +80,7 @@ class ResumePlan:
         shards: All shards. Existing shards precede new shards.
         rows: Rows of ``plan.parquet``.
         is_recorded: Whether ``plan.parquet`` and ``assets.parquet`` are up to date.
-        list_changed: Whether the list of assets differs from the list in the previous run.
+        list_changed: Whether the list of assets differs from the list of the previous run.
     """
 
     shards: tuple[PlannedShard, ...]
@@ -90,7 +90,7 @@ class ResumePlan:
 
 
 def plan_folder(out: Path, settings: RenderSettings, assets: Sequence[Asset], folder: Path) -> ResumePlan:
-    """Plan a folder of shards, or update an existing plan. The function does not write files.
+    """Plan a folder of shards, or update an existing plan. This function does not write files.
 
     Args:
         out: Folder of shards.
@@ -166,14 +166,14 @@ def _read_stamps(folder: Path, assets: Sequence[Asset]) -> dict[str, tuple[int, 
 
 
 def _read_plan(out: Path, assets: Mapping[str, Asset]) -> list[PlanRow]:
-    """Read ``plan.parquet``. To save memory, the rows refer to the ids of the assets."""
+    """Read ``plan.parquet``. To save memory, the rows share the id strings of ``assets``."""
     path = out / PLAN_NAME
     try:
         table = pyarrow.parquet.read_table(path, memory_map=False).cast(_SCHEMA)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(
             subject=path,
-            expected="the plan of the shards",
+            expected="a valid plan of the shards",
             found=error,
             remedy="restore the folder, or choose another output folder",
         ) from error
@@ -197,7 +197,7 @@ def _split_of(name: str) -> Split:
 def _plan_added(
     added: Sequence[Asset], before: Sequence[PlanRow], shard_size: int
 ) -> tuple[PlannedShard, ...]:
-    """Plan shards for added assets. The numbers of new shards follow the numbers of existing shards."""
+    """Plan shards for added assets. The new shards are numbered after the existing shards."""
     members: dict[Split, list[str]] = {"train": [], "val": []}
     for asset in added:  # in order of id
         members[asset.split or "train"].append(asset.id)
@@ -216,7 +216,7 @@ def _check_removed(out: Path, removed: Sequence[PlanRow], folder: Path) -> None:
         raise InputError(
             subject=out,
             expected="all rendered assets in the asset list",
-            found=f"no {rendered[0]!r}{others}",
+            found=f"no entry for {rendered[0]!r}{others}",
             remedy=f"restore the meshes in {folder}, or choose another output folder and join the folders with `merge`",
         )
 

@@ -1,4 +1,4 @@
-"""Files in a folder of shards that is not complete, from which an interrupted run is resumed.
+"""Files in an incomplete folder of shards, from which an interrupted run is resumed.
 
     OUT/plan.parquet                 assignment of objects to shards (see ``resume``)
     OUT/parts/<id>.tar               a part, which is a rendered object whose shard is not complete
@@ -8,8 +8,8 @@
     OUT/rejected-train-000000.tar    objects of the shard that violate a rule
     OUT/manifest.json                the manifest, which is written last
 
-If ``failures.jsonl`` is deleted, the next run retries the failed objects. The temporary names of files that are not
-complete contain ``.partial``.
+If ``failures.jsonl`` is deleted, the next run retries the failed objects. The names of incomplete files contain
+``.partial``.
 """
 
 import dataclasses
@@ -147,7 +147,7 @@ def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, S
 
     Args:
         folder: Folder of shards.
-        planned: Shard whose objects are searched.
+        planned: Shard to search for objects.
 
     Returns:
         Mapping from ids to tuples (path, record), where the path is the tar file that contains the object.
@@ -173,7 +173,7 @@ class PreviousShards:
 
     Attributes:
         manifest: Manifest of the previous run, or None if there is none.
-        shards: Mapping from names to entries of the manifest.
+        shards: Mapping from shard names to manifest entries.
 
     Raises:
         lrm_pl.data.manifest.ShardError: The manifest is invalid, or a shard is missing.
@@ -186,7 +186,7 @@ class PreviousShards:
         self._written_ns = path.stat().st_mtime_ns if self.manifest else 0
 
     def sha256(self, path: Path) -> str:
-        """Return the hash of a shard. A file that has not changed since the manifest was written is not read."""
+        """Return the hash of a shard. A file unchanged since the manifest was written is not hashed again."""
         shard, stat = self.shards.get(path.name), path.stat()
         if shard and shard.bytes == stat.st_size and stat.st_mtime_ns < self._written_ns:
             return shard.sha256
@@ -198,7 +198,7 @@ def find_changed_records(
 ) -> dict[str, dict[str, bytes]]:
     """Find objects whose name, license, creator or source differs from the asset list.
 
-    The files that will be hashed again are verified, so that no hash of a damaged file is recorded.
+    Files that will be hashed again are verified first, so that the hash of a damaged file is never recorded.
 
     Args:
         folder: Folder of shards.
@@ -210,7 +210,7 @@ def find_changed_records(
         Mapping from ids to the changed members of the sample.
 
     Raises:
-        InputError: A file does not have the hash in the previous manifest.
+        InputError: The hash of a file differs from the hash in the previous manifest.
     """
     changed = {}
     for key, (_, info) in find_records(folder, planned).items() if assets else ():
@@ -245,8 +245,8 @@ def reopen_shard(
 ) -> bool:
     """Split a shard into parts if an object is missing or if records have changed.
 
-    An object can be missing, for example, because ``failures.jsonl`` was deleted. No object is lost if this operation
-    is interrupted. If the shard is complete and unchanged, its parts are deleted.
+    An object can be missing if, for example, ``failures.jsonl`` was deleted. No object is lost if this operation is
+    interrupted. If the shard is complete and unchanged, its parts are deleted.
 
     Args:
         folder: Folder of shards.

@@ -40,8 +40,8 @@ def estimate_object_bytes(
 ) -> int:
     """Return an upper estimate of the size of a sample in bytes.
 
-    The estimate is 2 bytes per pixel and 4096 bytes per view. Depth maps add 2 bytes per pixel, normal maps 3 bytes per
-    pixel, and surface points 24 bytes per point.
+    The estimate is 2 bytes per pixel plus 4096 bytes per view. Depth maps add 2 bytes per pixel, normal maps 3 bytes
+    per pixel, and surface points 24 bytes per point.
 
     Args:
         views: Number of views.
@@ -55,7 +55,7 @@ def estimate_object_bytes(
 
 
 def default_shard_size(object_bytes: float) -> int:
-    """Return the number of objects per shard for which the size of a shard is at most about ``SHARD_BYTES``."""
+    """Return the number of objects in a shard of up to about ``SHARD_BYTES`` bytes."""
     return max(1, int(SHARD_BYTES / object_bytes))
 
 
@@ -74,11 +74,11 @@ def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
 
 
 def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
-    """Assign objects to shards, in order of the ids in each split.
+    """Assign the objects of each split to shards, in the order of their ids.
 
     Args:
         splits: Mapping from ids to "train", "val" or "", where "" means that the split is not assigned.
-        held_out: Number of objects without an assigned split to move to the validation split.
+        held_out: Number of objects without an assigned split to assign to the validation split.
         shard_size: Number of objects per shard.
 
     Raises:

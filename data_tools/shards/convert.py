@@ -1,8 +1,8 @@
 """The command ``python -m data_tools convert``, which converts image folders to shards.
 
 ``data_tools.layouts`` defines the supported layouts. The cameras of an object must be consistent with the silhouettes.
-Objects that cannot be used are skipped and listed in ``OUT/failures.jsonl``. The bytes of RGBA images do not change if
-the images are not resized.
+Objects that cannot be used are skipped and listed in ``OUT/failures.jsonl``. RGBA images that are not resized are
+copied unchanged.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def convert(
         folder: Folder of the objects.
         out: Output folder.
         resolution: Width and height of the views in pixels. If None, the views are not resized.
-        shard_size: Number of objects per shard. If None, the size of a shard is at most about 256 MB.
+        shard_size: Number of objects per shard. If None, shards have a size of up to about 256 MB.
         held_out: Number of objects in the validation split. If None, it is one sixth of the objects, but at most 8.
 
     Returns:
@@ -163,7 +163,7 @@ def _encode(
     """Convert and check an object. If it cannot be used, return the reason."""
     try:
         if task.view_format and task.view_format != usual:
-            raise ConvertError(expected=f"{usual}, as most objects have", found=task.view_format)
+            raise ConvertError(expected=f"{usual}, as for most objects", found=task.view_format)
         posed = read(task.folder)
         views = posed.views
         if resolution is not None:

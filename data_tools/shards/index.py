@@ -1,4 +1,4 @@
-"""The command ``python -m data_tools index``, which prepares shards from the ``webdataset`` package for training."""
+"""The command ``python -m data_tools index``, which indexes shards written with the ``webdataset`` package."""
 
 import shlex
 from collections import Counter
@@ -23,7 +23,7 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
     """Write a member index for each tar file in a folder, and ``manifest.json``.
 
     Shards whose names begin with ``val`` are assigned to the split "val", and all other shards to the split "train".
-    All views are decoded to verify them.
+    Each view is decoded to verify that it is valid.
 
     Args:
         folder: Folder of tar shards with the schema in ``lrm_pl.data.schema``.
@@ -71,7 +71,7 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
 
 
 def _index_shard(path: Path) -> tuple[Shard, list[str], set[tuple[int, int, int]]]:
-    """Check a shard and write the index of the shard.
+    """Check a shard and write its member index.
 
     Returns:
         The manifest entry, the keys, and the set of tuples (views, width, height) of the samples.

@@ -52,7 +52,7 @@ def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process was killed, probably because the memory is full",
+                "a worker process was killed, probably because the machine ran out of memory",
                 remedy="run the command on fewer CPU cores, for example with the prefix `taskset -c 0`",
             ) from error
         except BaseException:

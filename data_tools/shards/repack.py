@@ -1,7 +1,7 @@
 """The commands ``python -m data_tools repack`` and ``merge``, which create a folder of shards from existing shards.
 
-They change the resolution, the shard size, the split or the selection of objects, or merge folders. The bytes of images
-that are not resized do not change. The output folder is created atomically.
+They change the resolution, the shard size, the split or the selection of objects, or merge folders. Images that are not
+resized are copied unchanged. The output folder is created atomically.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def repack(
         folders: Folders of shards with the same number of views per object and the same camera preset.
         out: Output folder.
         resolution: Width and height of the views in pixels. If None, the views are not resized.
-        shard_size: Number of objects per shard. If None, the size of a shard is at most about 256 MB.
+        shard_size: Number of objects per shard. If None, shards have a size of up to about 256 MB.
         held_out: Number of objects to select for the validation split. If None, the splits do not change.
         rules: Rules (see ``measures.parse_rule``) that all objects, including rejected objects, must satisfy to be
             copied. If None, all objects that are not rejected are copied.
@@ -156,10 +156,10 @@ def repack(
 
 
 def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | None) -> None:
-    """Check whether folders can be merged.
+    """Check that folders can be merged.
 
     Raises:
-        RepackError: Folders differ in number of views, scale, cameras, optional members or resolution.
+        RepackError: The folders differ in the number of views, scale, cameras, optional members or resolution.
     """
     records = {
         folder: _CAMERAS | _GEOMETRY | manifest.render | {"views": manifest.views}
@@ -180,7 +180,7 @@ def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | No
 
 
 def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:
-    """Check whether shards match the hashes in the manifests and the indices.
+    """Check that the hashes of all shards match the manifests, and that the tar headers match the indices.
 
     Raises:
         ShardError: A shard is damaged.

@@ -1,7 +1,7 @@
 """Evaluate a trained model under a named protocol.
 
-If torchrun or Slurm starts several processes, each process evaluates a part of the objects. Objects that were evaluated
-before are skipped. The folder OUT contains results.json, results.md, index.html and TensorBoard event files.
+If torchrun or Slurm starts several processes, each process evaluates a subset of the objects. Objects that have already
+been evaluated are skipped. The folder OUT contains results.json, results.md, index.html and TensorBoard event files.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
 def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
     console.print(
-        f"{out}: {', '.join(record['files'])}; {record['mesh']['faces']} faces at a density of "
+        f"{out}: {', '.join(record['files'])}; {record['mesh']['faces']} faces at a density threshold of "
         f"{record['threshold']:.3g}\n  background: {record['background']}; time in seconds: {seconds}"
     )
     for warning in record["warnings"]:

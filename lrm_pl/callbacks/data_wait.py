@@ -12,10 +12,10 @@ FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 
 @final
 class DataWaitProfiler(PassThroughProfiler):
-    """Profiler that records the wait for a batch as the phase ``data_wait`` of the clock of ``StepTimer``.
+    """Profiler that records the time spent waiting for a batch as the ``data_wait`` phase of ``StepTimer``.
 
     Attributes:
-        clock: The clock, which ``StepTimer`` sets while training runs. If None, nothing is recorded.
+        clock: Clock of ``StepTimer``, which sets this attribute during training. If None, nothing is recorded.
     """
 
     def __init__(self) -> None:

@@ -28,12 +28,12 @@ class PhaseClock:
         self._marks.append((phase, self._now()))
 
     def rename(self, phase: str) -> None:
-        """Rename the active phase, including the time that has already elapsed."""
+        """Rename the active phase. The time that has already elapsed is attributed to the new name."""
         if self._marks:
             self._marks[-1] = (phase, self._marks[-1][1])
 
     def pop_totals(self) -> dict[str, float]:
-        """Return the duration of each phase since the last call in milliseconds. The active phase continues.
+        """Return the duration of each phase since the last call, in milliseconds. The active phase continues.
 
         On CUDA, this method waits for all queued work.
         """

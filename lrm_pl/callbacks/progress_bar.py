@@ -13,7 +13,7 @@ SHOWN = {"loss/total": "loss", "speed/samples_per_second": "samples/s"}
 class ProgressBar(TQDMProgressBar):
     """Progress bar that does not synchronize with the device between logging steps.
 
-    In contrast, Lightning's progress bar reads values that are logged with ``prog_bar=True`` at every step.
+    In contrast, Lightning's progress bar reads the values logged with ``prog_bar=True`` after every batch.
     """
 
     def __init__(self) -> None:

@@ -47,7 +47,7 @@ class SceneWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the results of the objects of a batch, except for padding."""
+        """Write the results of all objects in a batch, except for padding."""
         assert isinstance(outputs, list)
         for index, (key, scene) in enumerate(zip(batch.ids, outputs, strict=True)):
             if batch.weight[index]:

@@ -31,14 +31,15 @@ PAUSE = "pause"
 class StepTimer(L.Callback):
     """Callback that logs ``time/<phase>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the logging steps.
 
-    Times are milliseconds per optimizer step of this process, averaged since the last logged step. The phases sum to
-    ``time/step``. Rates cover all processes. Validation is excluded.
+    Times are in milliseconds per optimizer step of this process, averaged over the steps since the last logged step.
+    The phases sum to ``time/step``. Rates cover all processes. Validation is excluded.
 
-    ``speed/mfu`` is the model FLOPs utilization, which is the fraction of the bf16 peak of the devices that the forward
-    and backward passes of the model reach, without recomputation (PaLM, appendix B). It is omitted if the peak of the
-    devices is unknown.
+    ``speed/mfu`` is the model FLOPs utilization, that is, the FLOP/s of the forward and backward passes of the model,
+    without recomputation, as a fraction of the peak bf16 FLOP/s of the devices (PaLM, appendix B). It is omitted if the
+    peak is unknown.
 
-    The wait for data is measured if ``trainer.profiler`` is a ``DataWaitProfiler``. Otherwise, it counts as ``other``.
+    The time spent waiting for data is measured if ``trainer.profiler`` is a ``DataWaitProfiler``. Otherwise, it is
+    included in ``time/other``.
     """
 
     def __init__(self) -> None:
@@ -111,7 +112,7 @@ class StepTimer(L.Callback):
         self._steps, self._batches = 0, []
 
     def on_validation_start(self, *_: object) -> None:
-        """Exclude validation, including the start of its data loader workers, from the measured time."""
+        """Exclude validation, including the startup of its data loader workers, from the measured time."""
         if self._clock is not None:
             self._clock.rename(PAUSE)
 

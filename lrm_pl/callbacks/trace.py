@@ -40,7 +40,7 @@ class TraceRecorder(L.Callback):
         """
         left, needed = trainer.max_steps - trainer.global_step, WARMUP + self.steps
         if left < needed and trainer.global_step:
-            logger.warning("No trace is recorded, because %d steps remain, but %d are required", left, needed)
+            logger.warning("No trace is recorded: only %d steps remain, but %d are required", left, needed)
             return
         if left < needed:
             raise InputError(

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class BatchSize:
-    """Size of one forward and backward pass of a process.
+    """Size of the batch in one forward and backward pass of a process.
 
     Attributes:
         objects: Number of objects.
@@ -36,11 +36,12 @@ class BatchSize:
 class UtilizationMeter:
     """Meter of the model FLOPs utilization, based on a simulated step.
 
-    The step is simulated at the first call of ``utilization``.
+    The step is simulated when ``utilization`` is first called.
 
     Args:
         module: Training module before sharding. Only the shapes of the network are kept.
-        data: Training data. The cameras and crops determine the fraction of rays that hit the bounds.
+        data: Training data, whose cameras and crops determine the fraction of rays that intersect the scene bounds. If
+            None, default cameras are used.
     """
 
     def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:

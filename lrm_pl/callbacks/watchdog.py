@@ -36,7 +36,7 @@ _write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def _run_timer(state: NDArray[np.int64], limit: int, message: NDArray[np.uint8]) -> None:
-    """Exit the process if the counter state[0] does not change during ``limit`` sleeps.
+    """Exit the process if the counter state[0] does not change during ``limit`` consecutive sleeps.
 
     The function returns when state[1] is set.
     """
@@ -81,7 +81,7 @@ class WatchdogTimer:
 
 @final
 class HangWatchdog(L.Callback):
-    """Callback that ends the process if no batch and no checkpoint is finished within a time limit.
+    """Callback that ends the process if neither a batch nor a checkpoint is completed within a time limit.
 
     Args:
         limit_s: Time limit in seconds. The time during which the process is suspended does not count. The limit must

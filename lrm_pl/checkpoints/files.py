@@ -1,7 +1,7 @@
 """Writing and hashing of checkpoint files in a local folder or an object store.
 
-Files are hashed while they are written, so that they need not be read again, and so that damage during an upload is
-detected.
+Files are hashed while they are written. Therefore, they do not have to be read again, and corruption during an upload
+is detected.
 """
 
 import hashlib

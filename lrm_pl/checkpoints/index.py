@@ -27,7 +27,7 @@ _HASHING_THREADS = 4
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, incomplete, damaged or unsafe to load, or belongs to a different model."""
+    """Raised if a checkpoint is missing, incomplete, damaged, unsafe to load, or belongs to a different model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: str, step: int) -> str:
-    """Return the path of the checkpoint of a step."""
+    """Return the path of the checkpoint for a step."""
     return f"{folder.rstrip('/')}/step-{step:08d}"
 
 
 def checkpoint_step(path: str) -> int:
-    """Return the step that the path of a checkpoint contains."""
+    """Return the step number in the path of a checkpoint."""
     return int(path.rsplit("step-", 1)[1])
 
 
@@ -202,7 +202,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
         if METADATA_NAME not in files or unsafe:
             raise CheckpointError(
                 subject=subject,
-                expected=f"the names of {METADATA_NAME} and of other files in the same folder",
+                expected=f"{METADATA_NAME} and only names of files in the same folder",
                 found=f"{unsafe[:3] or list(files)[:3]}",
                 remedy="do not trust this checkpoint",
             )
@@ -253,8 +253,8 @@ def newest_checkpoint(folder: str, warn: Callable[[str], None]) -> Checkpoint | 
         warn: Function that is called with a message for each damaged checkpoint.
 
     Returns:
-        The checkpoint, or None if the folder has no checkpoints. In an object store, also None if no checkpoint has an
-        index, because the run ended before the first checkpoint was complete.
+        The checkpoint, or None if the folder has no checkpoints. In an object store, the result is also None if no
+        checkpoint has an index, which means that the run ended before the first checkpoint was complete.
 
     Raises:
         CheckpointError: The folder has checkpoints, but no checkpoint is valid.

@@ -10,12 +10,12 @@ _NETWORK, _AVERAGE = "network.", "average."
 
 
 def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers of a network by checkpoint name (``network.*``), without copying them."""
+    """Return a mapping from names in checkpoints (``network.*``) to the weights and buffers of a network."""
     return {f"{_NETWORK}{name}": tensor for name, tensor in lrm.state_dict().items()}
 
 
 def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Check that the names and shapes of the weights in a checkpoint and in a network are equal.
+    """Check that the weights in a checkpoint have the same names and shapes as the weights of a network.
 
     Raises:
         CheckpointError: Weights are missing, are unexpected or have a different shape.
@@ -29,7 +29,7 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     Args:
         checkpoint: The checkpoint to read.
         lrm: The network.
-        average: Whether to load the moving average of the weights, for weights that have an average.
+        average: Whether to load the moving average of each weight that has one in the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint belongs to a different model or has no moving average.
@@ -44,7 +44,7 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
 
 
 def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Replace weights with their moving average. All ranks of a sharded network must call this together.
+    """Replace weights with their moving averages. All ranks must call this together if the network is sharded.
 
     Raises:
         CheckpointError: The checkpoint has no moving average.

@@ -1,4 +1,4 @@
-"""Ownership of a checkpoint folder outside of the folder of the run.
+"""Ownership of a checkpoint folder that is outside the run folder.
 
 Object stores have no locks. A run therefore writes a signature when it starts, which replaces the signature of an
 earlier run, and verifies the signature before each checkpoint. If two runs use the same folder, the run that started
@@ -73,7 +73,7 @@ def require_ownership(folder: str, run: str) -> None:
             expected=f"no checkpoints of another run in {folder}",
             found=f"{counted(len(existing), 'checkpoint')} of {owner}",
             remedy=(
-                f"resume that run with --run.folder {owner}, or set a different folder of CheckpointAndResume (and "
+                f"resume that run with --run.folder {owner}, or set a different folder for CheckpointAndResume (and "
                 f"start from the checkpoint with --run.resume {existing[0]}). If this run was moved, delete "
                 f"{folder.rstrip('/')}/{OWNER_NAME}"
             ),

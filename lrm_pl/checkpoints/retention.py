@@ -1,4 +1,4 @@
-"""Deletion of old checkpoints of a run, except for the newest, the best and every n-th checkpoint."""
+"""Deletion of old checkpoints of a run, except for the newest, the best and periodically kept checkpoints."""
 
 import logging
 import math
@@ -23,17 +23,17 @@ MODE_SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
 
 
 class Retention:
-    """The checkpoints of a run and their scores.
+    """Retention policy for the checkpoints of a run.
 
-    Damaged checkpoints are neither counted nor deleted. These are checkpoints of later steps than the checkpoint from
-    which the run resumed, and checkpoints with a better score than the best valid checkpoint.
+    Damaged checkpoints are neither counted nor deleted. An existing checkpoint is considered damaged if its step is
+    later than ``last``, or if its score is better than the score of the best valid checkpoint.
 
     Args:
         folder: Folder of the checkpoints.
         last: Step of the newest valid checkpoint. If None, no checkpoint in the folder is valid.
         keep: Number of most recent checkpoints to keep.
         keep_every: Number of steps between checkpoints that are never deleted, or None.
-        monitor: Name of the metric of the best checkpoint. If None, scores of all metrics are compared.
+        monitor: Name of the metric that determines the best checkpoint. If None, the metric of a score is ignored.
         mode: Whether the highest or the lowest value of the metric is the best.
     """
 

@@ -33,12 +33,12 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor], group: ProcessGroup 
 
     Args:
         path: Path or URL of the folder of the checkpoint.
-        tensors: Mapping from name to tensor on the CPU. If there is a group, the tensors may be DTensors, of which each
-            rank writes the local shards.
+        tensors: Mapping from name to tensor on the CPU. If ``group`` is not None, the tensors may be DTensors, and each
+            rank writes its local shards.
         group: Process group whose ranks call this together. If None, only the calling process writes.
 
     Returns:
-        The files of all ranks for ``finalize_checkpoint``.
+        Mapping from name to size and SHA-256 of the files of all ranks.
 
     Raises:
         OSError: A file cannot be written. The error is raised on all ranks of the group.
@@ -87,7 +87,7 @@ def require_tensors(
     Args:
         checkpoint: The checkpoint to check.
         expected: Mapping from name to tensor.
-        prefix: Prefix of names that must be expected. If None, the checkpoint may contain other tensors.
+        prefix: If not None, all tensors in the checkpoint whose names start with this prefix must be in ``expected``.
 
     Raises:
         CheckpointError: A tensor is missing, is unexpected or has a different shape.
@@ -240,7 +240,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - pickle's own signature
-        """Return one of the allowed classes."""
+        """Return a class if it is allowed, and raise an error otherwise."""
         if (module, name) in self.ALLOWED or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
@@ -250,7 +250,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _load_errors(path: str) -> Iterator[None]:
-    """Convert errors that occur while a file is loaded to ``CheckpointError``.
+    """Convert errors raised during loading to ``CheckpointError``.
 
     The message names the function that an unsafe pickle would call.
     """
@@ -274,7 +274,7 @@ def _load_errors(path: str) -> Iterator[None]:
 
 @contextmanager
 def _unwrap_errors() -> Iterator[None]:
-    """Raise the cause of a ``CheckpointException``, which is not an ``Exception``."""
+    """Raise the original error instead of ``CheckpointException``, which is not a subclass of ``Exception``."""
     try:
         yield
     except CheckpointException as error:

@@ -1,4 +1,4 @@
-"""Arguments and config layers of ``lrm fit``, such as custom classes and the list of callbacks."""
+"""Processing of the arguments and config files of ``lrm fit``, including custom classes and callbacks."""
 
 import argparse
 import contextlib
@@ -54,11 +54,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN401 - any YAML value
-    """Load YAML as jsonargparse does.
+    """Load YAML like jsonargparse, but reject duplicate keys.
 
     Args:
         text: The YAML text.
-        path: Path of the file for error messages. jsonargparse does not pass the path of a section's file.
+        path: Path of the file for error messages, or "" if it is unknown. jsonargparse does not pass the path of a file
+            that contains a single section.
 
     Raises:
         InputError: A mapping contains a key twice.

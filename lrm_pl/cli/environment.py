@@ -43,7 +43,7 @@ def require_started_together(trainer: L.Trainer) -> None:
     """Check that the launcher started as many processes as the trainer expects.
 
     Raises:
-        InputError: The launcher started a different number of processes, or no launcher started the other nodes.
+        InputError: The launcher started a different number of processes, or the other nodes were not started.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
     environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -74,7 +74,7 @@ def require_started_together(trainer: L.Trainer) -> None:
 
 
 def _require_own_rank(trainer: L.Trainer) -> None:
-    """Reject environment variables for ranks that contradict the trainer, because loggers read them.
+    """Reject rank-related environment variables that contradict the trainer, because loggers read them.
 
     Raises:
         InputError: The variables differ from the trainer's rank and world size.

@@ -26,10 +26,10 @@ class _ParseOnlyCLI(LRMCLI):
     """Command line of ``lrm fit`` that parses arguments but instantiates nothing."""
 
     def instantiate_classes(self) -> None:
-        """Do nothing."""
+        """Do nothing, because only the config is required."""
 
     def _set_seed(self) -> None:
-        """Do nothing."""
+        """Do nothing, so that the random seeds do not change."""
 
 
 def parse_fit(arguments: list[str]) -> Namespace:
@@ -61,7 +61,7 @@ def _parse(arguments: list[str]) -> _ParseOnlyCLI:
         return _ParseOnlyCLI("fit", arguments, records=False, exits=False)
     except argparse.ArgumentError as error:
         raise InputError(
-            expected="arguments of `lrm fit`",
+            expected="valid arguments of `lrm fit`",
             found=error,
             remedy="correct the arguments; see `lrm fit --help`",
         ) from error

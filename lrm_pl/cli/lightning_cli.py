@@ -151,7 +151,7 @@ class LRMCLI(LightningCLI):
             trainer.callbacks = merge_callbacks(trainer.callbacks, defaults.callbacks, progress_bar=shown)
         elif self.command == "fit":
             logger.warning(
-                "trainer.callbacks is empty, so the run does not write checkpoints or images, or log LPIPS"
+                "trainer.callbacks is empty, so the run does not write checkpoints or images and does not log LPIPS"
             )
         set_logger_folders(trainer.logger, folder)
         if folder is not None:

@@ -77,7 +77,7 @@ def command_line(arguments: list[str]) -> LRMCLI:
     """Parse and run a command.
 
     Args:
-        arguments: The name of the command, followed by the arguments of the command.
+        arguments: Name of the command, followed by its arguments.
     """
     command, *rest = arguments
     if command == "fit" and peek(rest, "ckpt_path")["ckpt_path"] is not None:
@@ -119,9 +119,9 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
 
 
 def _report_unless_disk_full(args: threading.ExceptHookArgs) -> None:
-    """Report an exception in a thread, unless the disk is full.
+    """Report an uncaught exception in a thread, unless it indicates a full disk.
 
-    Loggers pass errors about a full disk to the main thread.
+    The threads of loggers pass errors about a full disk to the main thread.
     """
     if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE_ERRORS):
         threading.__excepthook__(args)
@@ -135,7 +135,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str:
-    """Return the message for an out-of-memory error, including the command that lists settings with less memory use.
+    """Return the message for an out-of-memory error, including a command that lists settings that use less memory.
 
     Args:
         error: The error.

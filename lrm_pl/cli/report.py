@@ -1,4 +1,4 @@
-"""Report after ``lrm fit``, with metrics of the model and of simple baselines, an image grid, and the next commands."""
+"""Report at the end of ``lrm fit``, with metrics of the model and simple baselines, images and suggested commands."""
 
 import dataclasses
 import json
@@ -46,9 +46,10 @@ class Report:
     """Metrics of the model and of the baselines on one evaluation set.
 
     Attributes:
-        rows: Metrics by name of the row, which is "model" or the name of a baseline.
+        rows: Mapping from row name, which is "model" or the name of a baseline, to metrics.
         views: Number of target views per object.
-        grid: Image with one row per object of this rank, with the columns input, target, render, opacity and depth.
+        grid: Image with one row for each of the first ``GRID_OBJECTS`` objects of this rank. The columns are input,
+            target, render, opacity and depth.
     """
 
     rows: dict[str, ImageScores]
@@ -65,9 +66,9 @@ def print_report(
     check_stop: Callable[[], None],
     weights: str,
 ) -> dict[str, Report]:
-    """Measure the trained model on all evaluation sets, and print the metrics and the next commands.
+    """Evaluate the trained model on all evaluation sets, and print the metrics and suggested commands.
 
-    Each rank measures a part of the objects, and rank 0 prints the results.
+    Each rank evaluates a subset of the objects, and rank 0 prints the results.
 
     Args:
         trainer: The trainer, after ``fit`` has returned.
@@ -76,7 +77,7 @@ def print_report(
         perceptual: Network of the LPIPS metric.
         checkpoint: Path of the checkpoint, which is printed.
         check_stop: Function that is called before each batch, and raises an error if a signal stopped the run.
-        weights: Label of the model's row, which describes the measured weights.
+        weights: Label of the model's row in the table, for example "model (average)" for averaged weights.
     """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves the module to the CPU when fit ends
@@ -156,13 +157,13 @@ def _check_each(check_stop: Callable[[], None], batches: Iterable[PackedBatch]) 
 
 
 def mean_target_view(batches: Iterable[PackedBatch], trainer: L.Trainer) -> Float[Tensor, "3 H W"]:
-    """Return the mean target view of all processes at the size of the first target view.
+    """Return the mean of the target views of all processes, resized to the size of the first target view.
 
     In terms of the mean squared error, the mean view is the best prediction that does not depend on the input image.
 
     Args:
         batches: Batches of this process.
-        trainer: The trainer, which determines the processes.
+        trainer: The trainer, whose strategy reduces the sums across processes.
     """
     unpacked = (packed.to("cpu") for packed in batches)
     total, images = sum_images(batch.target.images[batch.weight > 0].flatten(0, 1) for batch in unpacked)
@@ -179,7 +180,7 @@ def measure(
     perceptual: PerceptualLoss,
     mean_image: Float[Tensor, "3 H W"],
 ) -> Report | None:
-    """Measure the model and the baselines on an evaluation set.
+    """Evaluate the model and the baselines on an evaluation set.
 
     Args:
         module: The trained model.

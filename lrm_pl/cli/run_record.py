@@ -1,4 +1,4 @@
-"""Callback that stores the config, the git commit and the input framing with a run, and logs hyperparameters."""
+"""Callback that saves the config, git commit and input framing in the run's folder, and logs hyperparameters."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,8 +23,8 @@ from lrm_pl.version import git_commit
 class RunConfigRecord(SaveConfigCallback):
     """Callback that writes the resolved config, the git commit and the input framing to the run's folder.
 
-    The config and the commit are also written to the loggers. The files describe the latest start of the run. If a
-    start changes a file, the previous version is kept in ``earlier/until-step-N``.
+    The config and the commit are also written to the loggers. The files describe the latest start of the run. If
+    resuming the run at step N changes a file, the previous version is kept in ``earlier/until-step-N``.
 
     Attributes:
         input_framing: Framing of the training images, which is used for inference.
@@ -61,17 +61,17 @@ class RunConfigRecord(SaveConfigCallback):
 
 
 def _keep_previous(path: Path, text: str, folder: Path) -> None:
-    """Copy a file that is about to change into a folder, unless the folder already contains a copy."""
+    """Copy a file to a folder before its content changes, unless the folder already contains a copy."""
     if path.is_file() and path.read_text() != text and not (folder / path.name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path.name, path.read_bytes())
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a config to the option names of the command line, such as ``model.optimizer.lr``.
+    """Flatten a config to a dictionary whose keys are command-line option names, such as ``model.optimizer.lr``.
 
-    The value of a class is the last part of ``class_path``, and the names of ``init_args`` follow the name of the
-    option. In a list of classes, the class name is part of the option name, for example
+    An option whose value is a class is flattened to the class name without the module and one entry per argument in
+    ``init_args``. In a list of classes, the class name is part of the option name, for example
     ``trainer.callbacks.CheckpointAndResume.every``.
 
     Args:

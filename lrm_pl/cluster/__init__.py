@@ -1,1 +1,1 @@
-"""Commands ``lrm launch`` and ``lrm doctor``, which start and check runs on several processes and nodes."""
+"""Commands that start multi-process runs (``lrm launch``) and check their requirements (``lrm doctor``)."""

@@ -1,4 +1,4 @@
-"""Start `lrm fit` on several processes with Slurm or torchrun (`make train NODES= GPUS=`).
+"""Start `lrm fit` in multiple processes with Slurm or torchrun (`make train NODES= GPUS=`).
 
 If Slurm is installed, the command submits the job script configs/cluster/slurm.sbatch. Otherwise, the command starts
 the processes of one node, or prints the command to run on each of several nodes.
@@ -31,7 +31,7 @@ CPUS = "CPUS"
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A training run on several processes.
+    """A training run with one or more processes.
 
     Attributes:
         nodes: Number of nodes.
@@ -107,7 +107,7 @@ def torchrun_command(launch: Launch, *rendezvous: str) -> list[str]:
 
     Args:
         launch: The run.
-        rendezvous: Options of torchrun that specify how the nodes find each other.
+        rendezvous: Options of torchrun that configure the rendezvous of the nodes.
     """
     processes = ("--nproc-per-node", str(launch.processes))
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *processes, *launch.fit_command()]
@@ -130,7 +130,7 @@ def node_command(launch: Launch, master: str, rank: int | str = NODE_RANK) -> st
 
 @exit_on_error
 def main(words: Sequence[str]) -> None:
-    """Run ``lrm launch``."""
+    """Parse the arguments of ``lrm launch``, and start the run with Slurm or torchrun."""
     split = words.index("--") if "--" in words else len(words)
     options = argument_parser().parse_args(words[:split])
     launch = plan_launch(options, words[split + 1 :])
@@ -198,11 +198,13 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
         raise InputError(
             expected=f"STRATEGY to be one of {known}, as defined in {STRATEGIES}/",
             found=f"{strategy!r}",
-            remedy="correct STRATEGY=, and run the command in the folder that contains the Makefile",
+            remedy="set STRATEGY= to one of these names, and run the command in the folder that contains the Makefile",
         )
     for config in options.config:
         if not Path(config).is_file():
-            raise InputError(expected=f"a config file at {config}", found="none", remedy="correct CONFIG=")
+            raise InputError(
+                expected=f"a config file at {config}", found="none", remedy="correct the path in CONFIG="
+            )
     experiment = re.sub(r"[^A-Za-z0-9]+", "-", Path(options.config[0]).stem).strip("-") or "run"
     # The name includes microseconds because a shell loop may launch two runs in the same second.
     name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -296,10 +298,11 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
 
 
 def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
-    """Start the processes of this machine, or print the command to run on each node.
+    """Start the processes on this machine, or print the command to run on each node.
 
     Raises:
-        InputError: The run has several nodes but Slurm is not available, or this machine has too few GPUs.
+        InputError: The run has several nodes, but Slurm is not available and ``options.master`` is not set, or this
+            machine has too few GPUs.
     """
     if launch.nodes == 1:
         print(slurm.quoted(torchrun_command(launch, "--standalone")), flush=True)
@@ -327,7 +330,7 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
             expected=f"Slurm to start {launch.nodes} nodes",
             found="no `sbatch` on PATH",
             remedy=(
-                "run this command on a login node, or run the printed command on each node, with the same paths of the "
-                "code, the data and the run folder"
+                "run this command on a login node, or run the printed command on each node, with the code, the data "
+                "and the run folder at the same paths"
             ),
         )

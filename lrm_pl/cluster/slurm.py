@@ -109,7 +109,7 @@ def monitoring_commands(job: str, folder: Path, resume: str) -> str:
     """Return the shell commands that monitor and cancel a job.
 
     Args:
-        job: Id of the job.
+        job: ID of the job.
         folder: Folder of the job's log file.
         resume: Note on how to resume the job.
     """
@@ -121,7 +121,7 @@ def monitoring_commands(job: str, folder: Path, resume: str) -> str:
 
 
 def submit(command: Sequence[str]) -> str:
-    """Run a command that ``sbatch_command`` returned, and return the id of the job.
+    """Run a command that ``sbatch_command`` returned, and return the ID of the job.
 
     Raises:
         InputError: Slurm rejected the job.
@@ -156,7 +156,7 @@ def node_shapes(partition: str) -> list[NodeShape]:
 
 
 def _usable_cpus() -> dict[str, int]:
-    """Return the number of CPUs that jobs can use, by name of the node.
+    """Return a mapping from node name to the number of CPUs that jobs can use.
 
     `sinfo` also counts CPUs that CoreSpecCount reserves for the system. The result is empty for versions of Slurm
     before 22.05, which do not report the number of usable CPUs.
@@ -187,7 +187,7 @@ def gpus_per_node(partition: str) -> int:
 
 
 def cpus_per_process(partition: str, gpus: int, processes: int) -> int:
-    """Return the number of CPUs to request for each process, because Slurm's default of one CPU is too low.
+    """Return the number of CPUs to request for each process. Slurm's default of one CPU is too low.
 
     The result is the number of CPUs of a node divided by the number of GPUs of the node, including GPUs that the job
     does not use. If the node has no GPUs, the divisor is the number of processes.
@@ -232,7 +232,7 @@ def container_options(image: str, folders: Sequence[str | Path]) -> list[str]:
             mounts.append(folder)
     if bad := [str(mount) for mount in mounts if re.search(r"[,:]", str(mount))]:
         raise InputError(
-            expected="paths without commas and colons to mount in the container",
+            expected="paths without commas or colons to mount in the container",
             found=bad,
             remedy="rename them",
         )
@@ -249,7 +249,7 @@ def _run(*command: str) -> str:
         raise InputError(
             f"`{command[0]}` failed with status {done.returncode}: {done.stderr.strip() or 'no message'}",
             remedy=(
-                "correct the cause, or do not use Slurm: MASTER=localhost with GPUS= trains on this machine, and `make "
+                "fix this problem, or run without Slurm: MASTER=localhost with GPUS= trains on this machine, and `make "
                 "render-shards` without NODES= renders on this machine"
             ),
         )

@@ -40,7 +40,7 @@ class Views:
         background: (B, V, 3) background color of each view in [0, 1].
         c2w: (B, V, 4, 4) canonical camera-to-world poses in the OpenCV convention.
         fxfycxcy: (B, V, 4) normalized intrinsics.
-        jitter: (B, V, H, W) relative positions in [0, 1) of the samples of each ray in the sampling bins. If None,
+        jitter: (B, V, H, W) relative position in [0, 1) of the samples of each ray within their sampling bins. If None,
             samples are at the centers of the bins.
     """
 
@@ -78,7 +78,7 @@ class Batch:
 
 @dataclasses.dataclass
 class WholeViews:
-    """Decoded views at full size in 8 bits per channel.
+    """Decoded views at full size with 8 bits per channel.
 
     Attributes:
         rgba: (*B, V, H, W, 4) sRGB colors with straight alpha.
@@ -105,7 +105,7 @@ class Item:
         ids: Key of the sample.
         input: Input views of the network.
         target: Target views of the losses or metrics.
-        weight: () 1 for a sample, or 0 for a replacement.
+        weight: Scalar tensor that is 1 for a sample, or 0 for a replacement.
         faults: Error messages of the bad samples that the object replaces.
     """
 
@@ -141,7 +141,7 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device, and composite views at full size over white. Lightning calls this method.
 
-        Copies to CUDA devices are asynchronous, so that they do not wait for queued kernels.
+        Copies to CUDA devices are asynchronous, so that the CPU does not wait for queued kernels.
         """
         device = torch.device(device)
         flat = self.flat.to(device, non_blocking=on_cuda(device))

@@ -35,12 +35,12 @@ class CacheConfig:
     """Settings for reading shards from a URL. They have no effect on local folders.
 
     Attributes:
-        folder: Folder of the cache. All processes on a machine share it. If None, the cache is the
-            folder ``shards`` in ``$LRM_CACHE``, or in ``~/.cache/lrm_pl`` if this variable is not set.
+        folder: Folder of the cache. All processes on a machine share it. If None, the cache is the folder ``shards`` in
+            ``$LRM_CACHE``, or in ``$XDG_CACHE_HOME/lrm_pl`` (default: ``~/.cache/lrm_pl``) if this variable is not set.
         gigabytes: Maximum size of the cache in gigabytes. If 0, the cache is disabled, and only the required views are
             read with range requests.
         attempts: Maximum number of attempts per request. If all attempts fail, the sample is treated as bad.
-        ahead: Number of samples per loader worker for which shards are prefetched.
+        ahead: Number of upcoming samples per loader worker whose shards are prefetched.
     """
 
     folder: str | None = None
@@ -51,7 +51,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Validate the ranges of the fields."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
-            raise InputError("gigabytes and ahead of 0 or more, and attempts of 1 or more", self)
+            raise InputError("gigabytes and ahead to be 0 or more, and attempts to be 1 or more", self)
 
     @property
     def path(self) -> Path:
@@ -84,7 +84,7 @@ class ShardCache:
         return None
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Hash the cached copy of a shard, and remove the copy if the hash differs from the manifest.
+        """Hash the cached copy of a shard, and remove the copy if the hash does not match the manifest.
 
         Returns:
             Whether the copy was removed.
@@ -127,7 +127,7 @@ class ShardCache:
         return path
 
     def _copy(self, shard: Shard, partial: Path) -> None:
-        """Download a shard in blocks. Only failed blocks are retried."""
+        """Download a shard in blocks. If a block cannot be read, only this block is requested again."""
         url, digest = f"{self.url}/{shard.name}", hashlib.sha256()
         with open(partial, "r+b") as file:
             for start in range(0, shard.bytes, _BLOCK):
@@ -200,6 +200,6 @@ class ShardCache:
 
 
 def _mark_used(path: Path) -> None:
-    """Set the modification time of a file in nanoseconds, because time stamps of the kernel are coarser."""
+    """Set the modification time of a file to the current time, because timestamps of the kernel are less precise."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))

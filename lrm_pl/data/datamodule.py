@@ -30,8 +30,9 @@ _FRAMING_OBJECTS, _FRAMING_VIEWS = 32, 4
 class ShardDataModule(L.LightningDataModule):
     """Data module for folders of shards written by ``make render-shards``.
 
-    There are two validation sets. "unseen" contains the unseen views of the training objects, and "heldout" contains
-    the same views of the objects in the split "val". The first views of an object are the input views in both sets.
+    There are two validation sets. "unseen" contains the last ``unseen_views`` views of the training objects, and
+    "heldout" contains the last ``unseen_views`` views of the objects in the split "val". The first views of an object
+    are the input views in both sets.
 
     Args:
         folder: Folder of the shards and ``manifest.json``, or the URL of such a folder (``s3://``, ``gs://``,
@@ -42,25 +43,25 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: Number of objects per optimizer step, including all processes and accumulated batches. It must be
             divisible by the number of processes times ``accumulate_grad_batches``.
         side_views: Number of target views per object in addition to the input views (LRM uses 3).
-        unseen_views: Number of views at the end of each object that are used in validation, but not in training.
-        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects are
-            used.
-        input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
-            is drawn from all training views (as in LRM). Small values shorten training on small data sets, because
-            the canonical frame depends on the input view.
-        crop: Settings of random resizing and cropping of target views.
-        crop_stages: Crop settings that replace ``crop`` from a given step (progressive resolution).
+        unseen_views: Number of trailing views of each object that are used in validation, but not in training.
+        val_objects: Maximum number of objects per validation set, evenly distributed over the set. If None, all objects
+            are used.
+        input_pool: Number of leading views of each object from which the first input view is drawn. If None, it is
+            drawn from all training views (as in LRM). Small values shorten training on small data sets, because the
+            canonical frame depends on the input view.
+        crop: Settings for random resizing and cropping of target views.
+        crop_stages: Crop settings that replace ``crop`` starting at a given step (progressive resolution).
         camera_noise: Half-width of the uniform noise added to the input cameras.
         stages: Functions from ``lrm_pl.data.transforms.DecodedSample`` to ``DecodedSample``, which are applied in order
             between decoding and augmentation. Each is given as an import path, or as a class with ``init_args`` whose
             instance is called. A function rejects a sample by raising ``SampleError`` or returning None.
         max_bad_fraction: Maximum fraction of unreadable or rejected samples, which are replaced by other samples. If it
             is exceeded, training stops. With 1, the fraction is not limited.
-        workers: Number of data loading processes. With 0, data is loaded in the training process.
-        seed: Seed of the order of samples and of augmentation. If None, the seed of ``seed_everything`` is
+        workers: Number of data loading processes per training process. If 0, data is loaded in the training process.
+        seed: Seed for the order of samples and for augmentation. If None, the seed of ``seed_everything`` is
             used, or 0 if there is none.
-        streams: Number of streams per epoch. Samples in a batch come from different streams and thus mostly from
-            different shards.
+        streams: Number of streams into which the samples of an epoch are divided. Consecutive samples come from
+            different streams, and thus mostly from different shards.
     """
 
     def __init__(
@@ -149,11 +150,13 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def position(self, step: int) -> int:
-        """Return the global position after ``step`` optimizer steps, which is the complete state of the data."""
+        """Return the global position after ``step`` optimizer steps, the complete state of the data loader."""
         return self._position + (step - self._step) * self.batch_size
 
     def resume(self, step: int, position: int) -> None:
-        """Continue a run in which the batch size and the number of processes and workers may have changed.
+        """Continue a run at a global position.
+
+        The batch size, the number of processes and the number of workers may differ from those of the earlier steps.
 
         Args:
             step: Number of completed optimizer steps.
@@ -162,12 +165,12 @@ class ShardDataModule(L.LightningDataModule):
         self._step, self._position = step, position
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in the data for Lightning checkpoints."""
+        """Return the optimizer step and the global position for Lightning checkpoints."""
         step = self._ready().global_step
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from a Lightning checkpoint. The loops of Lightning then also count earlier batches."""
+        """Resume from a Lightning checkpoint. Lightning then counts the batches before the checkpoint as well."""
         self.resume(state_dict["step"], state_dict["position"])
         self._resumed_by_lightning = True
 
@@ -244,7 +247,7 @@ class ShardDataModule(L.LightningDataModule):
         if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
                 expected="a data module with a trainer and a completed setup",
-                found="no trainer" if self.trainer is None else "no call of setup",
+                found="no trainer" if self.trainer is None else "no call to setup",
                 remedy='set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
             )
         return self.trainer

@@ -51,7 +51,7 @@ def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
     seen = depth != 0
     if not ((depth[seen] >= MIN_DEPTH) & (depth[seen] <= MAX_DEPTH)).all():
         raise SampleError(
-            expected=f"depths of 0 or from {MIN_DEPTH} to {MAX_DEPTH}",
+            expected=f"depths that are 0 or between {MIN_DEPTH} and {MAX_DEPTH}",
             found=f"depths from {depth[seen].min()} to {depth[seen].max()}",
         )
     return write_pixels(np.rint(depth.astype(np.float64) / MAX_DEPTH * _FULL).astype(np.uint16))
@@ -76,7 +76,7 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
     if ((depth > 0) & (depth < MIN_DEPTH - rounding)).any():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"depths of 0 or from {MIN_DEPTH} to {MAX_DEPTH} in {name}",
+            expected=f"depths that are 0 or between {MIN_DEPTH} and {MAX_DEPTH} in {name}",
             found=f"a depth of {depth[depth > 0].min():.2g}",
         )
     return depth.astype(np.float32)
@@ -150,7 +150,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
             if image.mode == mode and max(image.size) <= MAX_IMAGE_SIDE:
                 return np.array(image)
-            found = f"mode {image.mode} and {image.size}"
+            found = f"mode {image.mode} and size {image.size}"
     except DECODE_ERRORS as error:
         found = f"{len(encoded)} bytes: {error}"
     raise SampleError(

@@ -50,7 +50,7 @@ class Shard:
         split: Split of the samples.
         samples: Number of samples.
         bytes: Size of the tar in bytes.
-        sha256: Hash of the tar in lower-case hexadecimal digits.
+        sha256: SHA-256 hash of the tar in lowercase hexadecimal digits.
         rejected: Whether the samples were rejected by a filter rule. Rejected samples are not used for training, but
             can be selected with ``data_tools repack``.
     """
@@ -64,7 +64,7 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        """File name of the member index in the folder of the tar."""
+        """File name of the member index, which is in the same folder as the tar."""
         return self.name.removesuffix(".tar") + ".index.json"
 
 
@@ -227,7 +227,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             raise ValueError(f"two entries for the shard {repeated[0]}")
         for name, kind in (("views", int), ("failures", int), ("render", dict)):
             if type(record[name]) is not kind:
-                raise TypeError(f"the value {record[name]!r} of {name}")
+                raise TypeError(f"the value {record[name]!r} for {name}")
         if not any(shard.samples for shard in shards):
             raise ValueError("no samples")
         return Manifest(shards=shards, **record)

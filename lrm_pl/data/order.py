@@ -4,7 +4,7 @@ In each epoch e, the shards of the training split and the samples in each shard 
 N samples are then divided into S contiguous streams whose lengths differ by at most 1. Position p in the epoch refers
 to element p // S of stream p mod S, and the global position is g = e N + p. Each batch of G samples
 contains the samples at the next G global positions, so a batch can contain samples of two epochs, and no sample is
-dropped. The global position is the complete state of the data.
+dropped. The global position is the complete state of the data loader.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class SampleOrder:
         )
 
     def candidates(self, position: int) -> Iterator[SampleLocation]:
-        """Yield the location of the sample at a global position, followed by replacements for a bad sample.
+        """Yield the location of the sample at a global position, followed by the locations of possible replacements.
 
         The replacements are the remaining samples of the same stream, followed by the samples of all other streams.
         Each sample of the epoch is yielded once.

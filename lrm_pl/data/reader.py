@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 
 
 class PackedIndex:
-    """The member index of a shard in numpy arrays.
+    """The member index of a shard, stored in NumPy arrays.
 
-    The arrays use about 6 bytes per member, and 16 bytes and the size of the key per sample.
+    The arrays use about 6 bytes per member, and 16 bytes plus the size of the key per sample.
 
     Args:
         index: Mapping from sample keys to mappings from member names to offset and size in bytes.
@@ -95,8 +95,8 @@ class ShardReader:
 
     Args:
         entries: The shards to which ``SampleLocation.shard`` refers.
-        kept: Maximum number of indices in memory. The least recently used index is evicted first. The number should be
-            at least the number of shards that are read alternately.
+        kept: Maximum number of indices in memory. The least recently used index is evicted first. This number should
+            be at least the number of shards that are read in alternation.
     """
 
     def __init__(self, entries: Sequence[Entry], kept: int = 16) -> None:

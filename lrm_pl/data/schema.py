@@ -17,6 +17,7 @@ member is a pickle. All members are validated before use.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -74,7 +75,7 @@ class SampleError(InputError):
 
 
 def sample_subject(key: str) -> AbstractContextManager[None]:
-    """Return a context that adds the key of a sample to errors without a subject."""
+    """Return a context manager that adds the key of a sample to errors that have no subject."""
     return error_subject(f"sample {key!r}")
 
 
@@ -92,7 +93,7 @@ class SampleInfo:
         renderer: Program, version and device type with which the views were rendered.
         views: Number of views.
         schema_version: Version of this schema.
-        sha256: Hash of the rendered mesh file in lower-case hexadecimal digits, or "" if unknown.
+        sha256: SHA-256 hash of the rendered mesh file in lowercase hexadecimal digits, or "" if unknown.
     """
 
     id: str
@@ -284,13 +285,10 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
     Raises:
         SampleError: The member is not a float32 array of the expected shape.
     """
-    file = io.BytesIO(encoded)
+    header = encoded[: 10 + int.from_bytes(encoded[8:10], "little")]
     with sample_subject(key):
         try:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version} of the .npy format")
-            found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            found, fortran, dtype = _decode_header(header)
         except HEADER_ERRORS as error:
             raise SampleError(expected=f"a numpy array in {key}.{name}", found=error) from error
         # Checked before allocation, because a small header can declare terabytes.
@@ -299,13 +297,27 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
                 expected=f"{name} of shape {shape} and dtype float32",
                 found=f"shape {found} and dtype {dtype}{' in Fortran order' if fortran else ''}",
             )
-        content = file.read()
+        content = encoded[len(header) :]
         if len(content) != 4 * math.prod(shape):
             raise SampleError(
                 expected=f"{4 * math.prod(shape)} bytes of data in {key}.{name}",
                 found=f"{len(content)} bytes",
             )
     return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()
+
+
+@functools.lru_cache(maxsize=128)
+def _decode_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Parse the header of an ``.npy`` file. Results are cached, because parsing is slow and most headers are identical.
+
+    Returns:
+        The shape, whether the array is in Fortran order, and the dtype.
+    """
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"version {version} of the .npy format")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _image_format(encoded: bytes) -> str:

@@ -170,10 +170,12 @@ class ShardSource:
 
     @contextlib.contextmanager
     def _tracked(self, name: str) -> Iterator[None]:
-        """Return a context that records a failure to read a file, so that later reads of the file fail without retries.
+        """Return a context manager that records a failure to read a file.
+
+        During the next ``_RETRY_AFTER_S`` seconds, reads of the file fail immediately.
 
         Raises:
-            StoreError: The file cannot be read, or could not be read shortly before.
+            StoreError: The file cannot be read, or an earlier failure was recorded.
             StoreDownError: Several consecutive files could not be read.
         """
         failed_at, message = self._unreadable.get(name, (-math.inf, ""))

@@ -38,8 +38,8 @@ class BatchPartition:
     """The positions of each global batch that one process reads.
 
     The batch of an optimizer step consists of ``batch_size`` positions of the global order. It is divided into
-    ``accumulate`` contiguous parts of equal length, of which rank r reads every ``world``-th position, starting at
-    position r of the part. The samples of a step therefore do not depend on ``world`` and ``accumulate``.
+    ``accumulate`` contiguous parts of equal length. In each part, rank r reads every ``world``-th position, starting at
+    position r. The samples of a step therefore do not depend on ``world`` or ``accumulate``.
 
     Attributes:
         batch_size: Number of objects per optimizer step, including all ranks and accumulated batches.
@@ -100,21 +100,21 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         partition: The positions that this process reads.
         inputs: Number of input views per object, which are also target views.
         side_views: Number of additional target views per object.
-        unseen_views: Number of views at the end of each object that are not used in training.
-        input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
-            is drawn from all training views.
-        augmentation: Settings of random crops and camera noise.
-        seed: Seed of the order and of augmentation.
+        unseen_views: Number of trailing views of each object that are not used in training.
+        input_pool: Number of leading views of each object from which the first input view is drawn. If None, it is
+            drawn from all training views.
+        augmentation: Settings for random crops and camera noise.
+        seed: Seed for the order of samples and for augmentation.
         streams: Number of streams of the global order.
         steps: Number of optimizer steps.
         step: Number of optimizer steps completed before the first batch.
         position: Global position of the first sample.
-        counted: Number of earlier optimizer steps that the length includes, as Lightning requires for a resumed run.
+        counted: Number of earlier optimizer steps to include in ``len()``, as Lightning requires for a resumed run.
         stages: Functions from ``DecodedSample`` to ``DecodedSample``, which are applied in order before augmentation. A
             function rejects a sample by raising ``SampleError`` or returning None.
 
     Raises:
-        InputError: The training split has fewer samples than an optimizer step.
+        InputError: The training split has fewer samples than an optimizer step requires.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         return (self.counted + self.steps) * self.partition.accumulate
 
     def locations(self) -> Iterator[tuple[SampleLocation, int]]:
-        """Yield the location and the optimizer step of the samples of this worker, including replacements."""
+        """Yield the location and the optimizer step of each sample of this worker, including replacements."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         batches = range(worker, self.steps * self.partition.accumulate, workers)
@@ -245,17 +245,17 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
 
 
 class EvaluationSet(IterableDataset[Item]):
-    """The samples of a split for evaluation, each once, with views at full size over white.
+    """The samples of a split for evaluation, each of which appears once, with views at full size.
 
     Rank r of W reads every W-th sample, starting at sample r, and worker k of K creates items k, k + K, ... of the
-    rank. All ranks create the same number of items, because sharded networks require it. For this purpose, bad samples
-    and missing samples at the end are replaced with a valid sample of weight 0.
+    rank. All ranks create the same number of items, as sharded networks require. Bad samples, and missing samples at
+    the end, are therefore replaced with a valid sample of weight 0.
 
     Args:
         mixture: The data sets. Each object is included once, regardless of the weights.
         split: The split.
         inputs: Number of input views, which are the first views of an object.
-        views: Target views as a slice of all views of an object.
+        views: Slice that selects the target views from all views of an object.
         limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects are
             used.
         rank: Rank of this process.

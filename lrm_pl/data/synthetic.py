@@ -32,7 +32,7 @@ def write_synthetic_shards(
     *,
     surface: bool = False,
 ) -> Manifest:
-    """Write a folder of shards of ellipsoids.
+    """Write a folder of shards that contain synthetic ellipsoids.
 
     Args:
         folder: Output folder.
@@ -61,7 +61,7 @@ def write_synthetic_shards(
 
 
 def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surface: bool = False) -> Sample:
-    """Create the sample of an ellipsoid.
+    """Create a sample of an ellipsoid with random shape, colors and cameras.
 
     Args:
         key: Key of the sample.

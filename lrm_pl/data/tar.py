@@ -1,8 +1,8 @@
 """Writing of tar shards with webdataset, and byte ranges of the members.
 
 A tar is a sequence of records of 512 bytes. Each member consists of a header record and the content, which is padded to
-full records. Some writers add header records before the header record of a member, for example pax headers with
-fractions of a second. The readers in this package skip these records.
+a multiple of 512 bytes. Some writers add header records before the header record of a member, for example pax headers
+with fractional modification times. The readers in this package skip these records.
 """
 
 import json
@@ -55,7 +55,7 @@ def write_shard(
         name: File name of the tar.
         split: Split of the samples.
         samples: Key and members (``schema.encode_sample``) of each sample, in order.
-        rejected: Whether a rule rejected the samples.
+        rejected: Whether a filter rule rejected the samples.
 
     Returns:
         The manifest entry of the shard.
@@ -85,7 +85,7 @@ def describe_shard(
         name: File name of the shard.
         split: Split of the samples.
         index: Member index of the tar.
-        rejected: Whether a rule rejected the samples.
+        rejected: Whether a filter rule rejected the samples.
     """
     return Shard(name, split, len(index), path.stat().st_size, hash_file(path), rejected)
 

@@ -1,7 +1,7 @@
-"""Pure functions that create items from samples, with view selection, canonical cameras, random crops and backgrounds.
+"""Creation of items from samples, with view selection, canonical cameras, random crops and backgrounds.
 
-All randomness of a sample comes from one generator, which is seeded by the seed of the run, the epoch and the key of
-the sample. A sample is therefore equal on all ranks and workers, and does not change when a run is resumed.
+All random numbers of a sample come from one generator, which is seeded with the seed of the run, the epoch and the key
+of the sample. The item is therefore identical on all ranks and workers, and does not change when a run is resumed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lrm_pl.kernels.views import resized_window
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
-    """Settings of random resizing and cropping of target views in training (LRM, section 4.2).
+    """Settings for random resizing and cropping of target views in training (LRM, section 4.2).
 
     Attributes:
         low: Minimum side of a resized view in pixels.
@@ -47,7 +47,7 @@ class CropConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CropStage:
-    """Crop settings that are used from a given optimizer step (progressive resolution; MeshLRM, section 3.3).
+    """Crop settings that are used starting at a given optimizer step (progressive resolution; MeshLRM, section 3.3).
 
     Attributes:
         from_step: First optimizer step in which the settings are used.
@@ -60,7 +60,7 @@ class CropStage:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Settings of random crops and camera noise of training items.
+    """Settings for random crops and camera noise of training items.
 
     Attributes:
         crop: Crop settings at the start of training.
@@ -116,8 +116,8 @@ def choose_views(
         rng: Random generator of the sample.
         available: Number of training views of the object.
         count: Number of views to draw.
-        input_pool: Number of views at the start of the object from which the first view is drawn. If None, it is drawn
-            from all training views.
+        input_pool: Number of leading views of the object from which the first returned view is drawn. If None, it is
+            drawn from all training views.
 
     Returns:
         Indices of the views.
@@ -136,7 +136,7 @@ def choose_views(
 
 @dataclasses.dataclass
 class DecodedSample:
-    """A training sample after decoding and before augmentation, which the functions in ``data.stages`` process.
+    """A decoded training sample before augmentation, as passed to the functions in ``data.stages``.
 
     Attributes:
         info: Metadata of the object.
@@ -145,7 +145,7 @@ class DecodedSample:
         c2w: (V, 4, 4) float32 camera-to-world poses of the selected views in the OpenCV convention.
         fxfycxcy: (V, 4) float32 normalized intrinsics of the selected views.
         step: Optimizer step in which the sample is used.
-        rng: Random generator of the sample. Use no other source of randomness, so that runs are reproducible.
+        rng: Random generator of the sample. For reproducible runs, use no other source of random numbers.
     """
 
     info: SampleInfo
@@ -180,7 +180,7 @@ def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation
     Args:
         sample: The decoded views. The first ``inputs`` views are input views, and all views are target views.
         inputs: Number of input views.
-        augmentation: Settings of random crops and camera noise.
+        augmentation: Settings for random crops and camera noise.
 
     Raises:
         SampleError: The sizes of the input views differ.
@@ -188,16 +188,17 @@ def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation
     crop, rng, count = augmentation.crop_at(sample.step), sample.rng, len(sample.images)
     c2w, fxfycxcy = canonicalize(torch.from_numpy(sample.c2w)), torch.from_numpy(sample.fxfycxcy)
     side = int(rng.integers(crop.low, crop.high + 1))
-    windows, intrinsics = [], []
-    for rgba, camera in zip(sample.images, fxfycxcy, strict=True):
-        top, left = _place_window(rgba, side, crop, rng)
-        windows.append(resized_window(rgba, side, top, left, crop.size))
-        intrinsics.append(resize_and_crop(camera, (side, side), (top, left, crop.size, crop.size)))
+    corners = [_place_window(rgba, side, crop, rng) for rgba in sample.images]
+    windows = torch.tensor([(*corner, crop.size, crop.size) for corner in corners], dtype=torch.float32)
+    crops = [
+        resized_window(rgba, side, *at, crop.size) for rgba, at in zip(sample.images, corners, strict=True)
+    ]
     background = torch.from_numpy(rng.random((count, 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((count, crop.size, crop.size), dtype=np.float32))
-    pixels = torch.stack(windows)
+    pixels = torch.stack(crops)
     images = pixels[:, :3] + (1 - pixels[:, 3:]) * background[:, :, None, None]
-    target = Views(images, pixels[:, 3], background, c2w, torch.stack(intrinsics), jitter)
+    intrinsics = resize_and_crop(fxfycxcy, (side, side), windows)
+    target = Views(images, pixels[:, 3], background, c2w, intrinsics, jitter)
     # The cameras are copied, because noise is added in place.
     views = _whole(sample.info.id, sample.images[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:

@@ -1,4 +1,4 @@
-"""Start method and signal handling of data loading workers."""
+"""Start method and signal handling for DataLoader workers."""
 
 import multiprocessing
 import multiprocessing.forkserver
@@ -58,7 +58,7 @@ def start_method(workers: int) -> str | None:
         raise InputError(
             expected=f"a temporary folder with a path of at most {_LONGEST_TEMP_DIR} bytes for the sockets of workers",
             found=f"{found} bytes: {multiprocessing.util.get_temp_dir()}",
-            remedy="set TMPDIR=/tmp or --data.workers 0",
+            remedy="set TMPDIR=/tmp, or pass --data.workers 0",
         )
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not workers or (fsspec.asyn.iothread[0] is None and not together):

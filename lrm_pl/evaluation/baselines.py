@@ -37,7 +37,7 @@ def sum_images(batches: Iterable[Float[Tensor, "n 3 h w"]]) -> tuple[Tensor, int
     """Sum images after resizing them to the size of the first image.
 
     Returns:
-        Sum of shape (3, h, w), or a scalar 0 if there are no images, and the number of images.
+        The sum and the number of images. The sum has shape (3, h, w), or is a scalar 0 if there are no images.
     """
     total, count = torch.zeros(()), 0
     for images in batches:

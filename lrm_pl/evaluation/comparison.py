@@ -31,7 +31,7 @@ PAGE_NAME, TABLE_NAME = "comparison.html", "comparison.md"
 
 
 def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
-    """Compare two evaluations, and write a page and a Markdown table.
+    """Compare two evaluations, and write an HTML page and a Markdown summary.
 
     Args:
         a: Folder of the first evaluation.
@@ -39,11 +39,11 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
         out: Output folder. If None, ``evaluation/A-B`` is used, where A and B are the names of the folders.
 
     Returns:
-        Markdown table of the paired differences, and path of the page.
+        Markdown summary with tables of the means and of the paired differences, and path of the HTML page.
 
     Raises:
-        InputError: The evaluations are not finished or differ in protocol, data or metrics, or the output folder is
-            in use.
+        InputError: The evaluations are not finished, differ in protocol, data or metrics, or have fewer than two
+            objects in common, or the output folder is not writable or contains another comparison.
     """
     (protocol, source_a, settings_a, records_a), (_, source_b, settings_b, records_b) = map(_read, (a, b))
     for name in ("protocol", "data", "lpips", "clip"):

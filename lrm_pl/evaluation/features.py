@@ -79,8 +79,7 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise InputError(
-            expected="torch-fidelity to measure FID and KID",
-            found="none",
+            expected="torch-fidelity is required to compute FID and KID, but it is not installed",
             remedy="install it with pip install -e '.[evaluate]'",
         ) from error
     found = resolve("inception", path=path, sha256=sha256)
@@ -130,7 +129,7 @@ def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
 
 
 class _PrecomputedFeatures(nn.Module):
-    """Feature extractor for torchmetrics whose input consists of precomputed features, which are returned unchanged."""
+    """Feature extractor that lets torchmetrics use precomputed features, which it returns unchanged."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

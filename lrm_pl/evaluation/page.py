@@ -27,7 +27,7 @@ def rank_objects(
 ) -> dict[str, list[ObjectRecord]]:
     """Select the worst, median and best objects by a metric of the model, without duplicates.
 
-    Objects that have other metrics but not this metric, because no surface was found, rank as the worst objects.
+    Objects that lack this metric because no surface was found are ranked worst. Objects without metrics are omitted.
     """
     known = [record for record in records if record.rows.get("model")]
     missing = -math.inf if more_is_better else math.inf
@@ -58,7 +58,7 @@ def render_page(
 
     Args:
         title: Title of the page.
-        facts: Description of the evaluation, with one table row per item.
+        facts: Description of the evaluation, with one line of text per item.
         rows: Mean metrics of the model and the baselines.
         better: Names of metrics, and whether higher values are better. Objects are ranked by the first metric that is
             available.
@@ -111,7 +111,7 @@ def render_comparison(
 
 
 def _table(cells: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> str:
-    """Return an HTML table. The first line of cells is the header. Each line may have a CSS class."""
+    """Return an HTML table. The first row of ``cells`` is the header. ``styles`` contains a CSS class for each row."""
     lines = []
     for number, line in enumerate(cells):
         tag = "td" if number else "th"

@@ -18,10 +18,10 @@ class SurfaceSettings:
 
     Attributes:
         points: Number of points of each surface.
-        normalized: Whether to center each point cloud and scale the longest side to 2. If False, distances are in scene
-            units, in which the bounding sphere of the object has radius 1.
-        aligned: Whether to align the prediction with the true surface, for models that do not know the camera. If
-            False, the prediction must have the pose that the input camera defines.
+        normalized: Whether to center each point cloud and scale the longest side of its bounding box to 2. If False,
+            distances are in scene units, in which the bounding sphere of the object has radius 1.
+        aligned: Whether to align the prediction with the true surface, for models that are not conditioned on the
+            camera. If False, the prediction must have the pose that the input camera defines.
         resolution: Number of points along each axis of the grid for marching cubes.
         thresholds: Distance thresholds of the F-score.
     """
@@ -35,7 +35,7 @@ class SurfaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Evaluation protocol.
+    """Input views, target views and surface metrics of an evaluation.
 
     Attributes:
         name: Name of the protocol.
@@ -141,7 +141,7 @@ def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
 
 
 def metrics_of(protocol: Protocol) -> dict[str, bool]:
-    """Return the names of all metrics of a protocol in the order of tables, and whether higher values are better."""
+    """Return the metric names of a protocol in the order of the table columns, and whether higher values are better."""
     metrics = dict[str, bool]()
     if protocol.targets:
         metrics |= dict.fromkeys(("psnr", "ssim"), True) | dict.fromkeys(("lpips_alex", "lpips_vgg"), False)

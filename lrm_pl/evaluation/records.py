@@ -133,7 +133,7 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
 
 
 def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Read the image features of objects, and concatenate them to (n, d).
+    """Read the image features of objects, and concatenate them to arrays of shape (n, d).
 
     Returns:
         Features of the targets (key "target"), the model and each baseline.
@@ -177,7 +177,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def damaged_file(path: Path, expected: str) -> Iterator[None]:
-    """Convert the exceptions that a missing or damaged file causes to ``InputError``."""
+    """Return a context manager that converts exceptions caused by a missing or damaged file to ``InputError``."""
     try:
         yield
     except (

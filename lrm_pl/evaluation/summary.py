@@ -1,4 +1,4 @@
-"""Means over objects, paired differences of two evaluations, and Markdown tables."""
+"""Means over objects, paired differences between two evaluations, and Markdown tables."""
 
 import dataclasses
 from collections import defaultdict
@@ -16,9 +16,9 @@ class Difference:
 
     Attributes:
         mean: Mean of B - A over the objects.
-        low: Lower bound of the 95 % confidence interval (Student's t).
+        low: Lower bound of the 95% confidence interval (Student's t).
         high: Upper bound of the confidence interval.
-        objects: Number of objects in both evaluations.
+        objects: Number of objects that have the metric in both evaluations.
     """
 
     mean: float
@@ -28,9 +28,10 @@ class Difference:
 
 
 def means(records: Sequence[ObjectRecord]) -> dict[str, dict[str, float]]:
-    """Average each metric of each row over the objects that have the metric. The row of the model is the first row.
+    """Average each metric of each row, such as the model or a baseline, over the objects that have the metric.
 
-    Objects are sorted by id, so that the result does not depend on the order of the records.
+    The model comes first in the result. Objects are sorted by id, so that the result does not depend on the order of
+    the records.
     """
     values = defaultdict[str, defaultdict[str, list[float]]](lambda: defaultdict(list))
     for record in sorted(records, key=lambda record: record.id):
@@ -50,7 +51,7 @@ def paired_differences(pairs: Sequence[ObjectRecord]) -> dict[str, Difference]:
         pairs: Records with the metrics of the first evaluation (row "A") and of the second evaluation (row "B").
 
     Raises:
-        InputError: There are fewer than two objects.
+        InputError: No metric is available for at least two objects.
     """
     from scipy import stats  # slow to import
 
@@ -70,12 +71,12 @@ def paired_differences(pairs: Sequence[ObjectRecord]) -> dict[str, Difference]:
 
 
 def mean_cells(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -> list[list[str]]:
-    """Return the cells of a table of means, with a header and one line per row.
+    """Return the cells of a table of means, with a header row and one row per item of ``rows``.
 
     Arrows show whether higher or lower values are better.
 
     Args:
-        rows: Metrics by row.
+        rows: Mean metrics by row label.
         better: Names of metrics in the order of the columns, and whether higher values are better. Columns without
             values are omitted.
     """
@@ -89,14 +90,14 @@ def mean_cells(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, boo
 
 
 def difference_cells(differences: Mapping[str, Difference], better: Mapping[str, bool]) -> list[list[str]]:
-    """Return the cells of a table of paired differences, with a header and one line per metric."""
+    """Return the cells of a table of paired differences, with a header row and one row per metric."""
     found = [(metric, differences[metric]) for metric in better if metric in differences]
     lines = [[m, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", str(d.objects)] for m, d in found]
     return [["B - A", "mean", "95 % confidence interval", "objects"], *lines]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """Format the cells of a table as Markdown. The first line of cells is the header."""
+    """Format the cells of a table as Markdown. The first row of ``cells`` is the header."""
     head, *lines = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([head, "|---|" + "---:|" * (len(cells[0]) - 1), *lines])
 

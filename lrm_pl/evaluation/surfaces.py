@@ -115,7 +115,7 @@ def _normalized(points: Points) -> Points:
 
 
 def _nearest_cloud(clouds: Sequence[PointCloud], truth: PointCloud) -> PointCloud:
-    """Return the first of the point clouds that have the smallest Chamfer distance from the reference."""
+    """Return the point cloud with the smallest Chamfer distance to the reference, or the first one in case of a tie."""
     return min(clouds, key=lambda cloud: chamfer(cloud.points, truth.points))
 
 

@@ -51,7 +51,7 @@ def look_at(
 def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Tensor, "V 4 4"]:
     """Return poses on a circle about the z axis that look at the origin.
 
-    The circle starts on the side of -y and runs counter-clockwise, as seen from above.
+    The circle starts on the -y side and runs counterclockwise when viewed from above.
 
     Args:
         frames: Number of poses.
@@ -76,10 +76,8 @@ def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batc
 
     A camera that looks at the origin from distance d is then at (0, -d, 0).
     """
-    canonical = c2w.new_tensor(
-        [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]
-    )  # columns: right, down, forward
-    return _matmul(canonical.expand_as(c2w[..., :3, :3]), c2w[..., :3, :3].transpose(-1, -2))
+    right, down, forward = c2w[..., :3, :3].unbind(-1)
+    return torch.stack([right, forward, -down], dim=-2)
 
 
 def canonicalize(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 4 4"]:
@@ -90,7 +88,7 @@ def canonicalize(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 
 
 
 def resize_and_crop(
-    fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], window: tuple[int, int, int, int]
+    fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], windows: Float[Tensor, "*batch 4"]
 ) -> Float[Tensor, "*batch 4"]:
     """Return the normalized intrinsics of a crop.
 
@@ -99,12 +97,11 @@ def resize_and_crop(
     Args:
         fxfycxcy: Normalized intrinsics of the full image.
         size: Height and width of the image before cropping, in pixels.
-        window: Top, left, height and width of the crop, in pixels.
+        windows: Top, left, height and width of the crops, in pixels.
     """
-    (height, width), (top, left, crop_height, crop_width) = size, window
-    scale = fxfycxcy.new_tensor([width / crop_width, height / crop_height])
-    offset = fxfycxcy.new_tensor([left / crop_width, top / crop_height])
-    return torch.cat([fxfycxcy[..., :2] * scale, fxfycxcy[..., 2:] * scale - offset], dim=-1)
+    (height, width), corner, crop = size, windows[..., :2].flip(-1), windows[..., 2:].flip(-1)
+    scale = windows.new_tensor([width, height]) / crop
+    return torch.cat([fxfycxcy[..., :2] * scale, fxfycxcy[..., 2:] * scale - corner / crop], dim=-1)
 
 
 def camera_vector(

@@ -12,7 +12,7 @@ from lrm_pl.weights.resolve import WeightSource, resolve
 
 
 class RemoverError(InputError):
-    """Exception that is raised if background removal is not available for any image."""
+    """Error raised if background removal is unavailable, regardless of the image."""
 
 
 class BackgroundRemover:
@@ -57,8 +57,7 @@ class BackgroundRemover:
             import rembg  # noqa: F401
         except ImportError as error:
             raise RemoverError(
-                expected="rembg for background removal",
-                found="none",
+                expected="rembg is required for background removal, but it is not installed",
                 remedy="install it with pip install -e '.[infer]', or use images with an alpha channel",
             ) from error
         try:
@@ -73,14 +72,14 @@ class BackgroundRemover:
 
 
 def _open_session(content: bytes, source: Path) -> Any:  # noqa: ANN401 - rembg is untyped
-    """Open a session of rembg for the content of an ONNX file, which was read from ``source``."""
+    """Create a rembg session from the content of an ONNX file that was read from ``source``."""
     import onnxruntime
     from rembg.sessions.u2net_custom import U2netCustomSession
 
     class Session(U2netCustomSession):  # type: ignore[misc]
         @classmethod
         def download_models(cls, *_: object, **options: str) -> str:
-            """Return the given path. The overridden method would copy the file into a folder of rembg."""
+            """Return the given path instead of copying the file into rembg's model folder."""
             return options["model_path"]
 
     options = onnxruntime.SessionOptions()

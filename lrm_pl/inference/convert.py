@@ -38,13 +38,13 @@ def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparamet
     The folder is written only after the converted weights have been loaded strictly into the network.
 
     Args:
-        source: Project that the weights are from, "openlrm" or "triposr".
+        source: Project that published the weights, "openlrm" or "triposr".
         weights: Path of the weight file.
         out: Path of the model folder, which must not exist.
         hyperparameters: Hyperparameters that cannot be determined from tensor shapes.
 
     Raises:
-        InputError: The weights do not match the architecture, or the folder exists.
+        InputError: The weight file does not exist, the weights do not match the architecture, or the folder exists.
     """
     require_no_folder(out)
     if not weights.is_file():
@@ -60,7 +60,7 @@ def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparamet
 
 
 def print_report(conversion: Conversion) -> None:
-    """Print a table of the source keys, the keys that they are mapped to, and the changes of the tensors."""
+    """Print a table of the source keys, the target keys, the shapes and the changes to the tensors."""
     table = Table("source key", "key", "shape", "change")
     for record in conversion.report:
         shape = " x ".join(map(str, record.shape))

@@ -43,7 +43,7 @@ _KEEP_S, _CLEANUP_S = 3600, 600
 
 
 def launch(pipeline: LRMPipeline, host: str, port: int) -> Any:  # noqa: ANN401 - a gradio.Blocks
-    """Serve the page in background threads. Files of visitors are deleted when the process ends.
+    """Serve the page in background threads. Uploads and results are deleted when the process ends.
 
     Args:
         pipeline: Trained model.
@@ -85,8 +85,8 @@ def clean_up(folder: Path, keep_s: float) -> None:
     """Delete interrupted uploads and empty result folders, which gradio does not delete.
 
     Args:
-        folder: Folder with the files of visitors.
-        keep_s: Minimum age of deleted files in seconds.
+        folder: Folder that contains uploads and results.
+        keep_s: Minimum age in seconds of the files to delete.
     """
     for path in folder.glob("tmp*"):
         with contextlib.suppress(OSError):  # the folder is not empty, or the file has been deleted
@@ -101,7 +101,7 @@ def _clean_up_periodically(folder: Path) -> None:
 
 
 def reject_urls(data: Any) -> None:  # noqa: ANN401 - JSON
-    """Reject URLs of files, which gradio would download.
+    """Reject inputs that refer to a file by its URL, because gradio would download the file.
 
     Args:
         data: Inputs of a request, as decoded from JSON.
@@ -122,11 +122,11 @@ def reject_urls(data: Any) -> None:  # noqa: ANN401 - JSON
 
 
 def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a gradio.Blocks
-    """Create the page.
+    """Create the Gradio page of ``lrm demo``.
 
     Args:
         pipeline: Trained model.
-        folder: Folder that results are written to.
+        folder: Folder to which results are written.
 
     Returns:
         The ``gradio.Blocks`` of the page.

@@ -18,7 +18,7 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 def export(
     source: str, out: Path, *, average: bool = False, dtype: str = "float32", config: Path | None = None
 ) -> tuple[Checkpoint, Path]:
-    """Write the weights of a checkpoint and the section ``model`` of the config into a new model folder.
+    """Write the weights of a checkpoint and the ``model`` section of the config to a new model folder.
 
     Args:
         source: Path or URL of a checkpoint or of a run folder. The newest valid checkpoint of a run is used.

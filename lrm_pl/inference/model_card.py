@@ -41,7 +41,7 @@ def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[
     Args:
         name: Name of the model.
         origin: Sentence that describes the origin of the weights.
-        model: Section ``model`` of the config.
+        model: ``model`` section of the config.
         facts: Additional rows of the table.
     """
     lrm = model.get("lrm", {})
@@ -81,7 +81,7 @@ def _describe_data(folder: str) -> str:
 
 
 def weights_name(*, average: bool) -> str:
-    """Return the label of the evaluated weights in reports.
+    """Return the label that reports use for the evaluated weights.
 
     Args:
         average: Whether the weights are the moving average.

@@ -1,6 +1,6 @@
 """Folder format of trained models.
 
-    config.yaml          section ``model`` of the config, which describes the network and the renderer
+    config.yaml          ``model`` section of the config, which describes the network and the renderer
     model.safetensors    weights
     input.yaml           framing of the input images (``InputFraming``)
     README.md            model card
@@ -53,7 +53,7 @@ def write_model_folder(
 
     Args:
         folder: Path of an existing folder.
-        model: Section ``model`` of a config, which must contain ``lrm`` and ``renderer``.
+        model: ``model`` section of a config, which must contain ``lrm`` and ``renderer``.
         weights: State dict of the network.
         header: Comment about the origin of the model, which is written on the first line of config.yaml.
         framing: Framing of the input images.
@@ -106,16 +106,16 @@ def hash_weights(network: nn.Module) -> str:
 
 
 def read_model_section(config: Path) -> dict[str, Any]:
-    """Read the section ``model`` of a config file.
+    """Read the ``model`` section of a config file.
 
     Raises:
-        InputError: The file cannot be read, or does not contain a section ``model.lrm``.
+        InputError: The file cannot be read, or does not contain a ``model.lrm`` section.
     """
     section = _read_yaml(config, "the config of a run").get("model")
     if not isinstance(section, dict) or "lrm" not in section:
         raise InputError(
             subject=config,
-            expected="a section model.lrm",
+            expected="a model.lrm section",
             found="none",
             remedy="use the config.yaml of a run",
         )
@@ -145,7 +145,7 @@ def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
     """Return the path of the config of the run that a checkpoint belongs to.
 
     Args:
-        checkpoint: The checkpoint.
+        checkpoint: Checkpoint of the run.
         config: Path of the config. If None, it is config.yaml in the parent of the folder that contains the checkpoint.
 
     Raises:
@@ -166,7 +166,7 @@ def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
     """Build the network, with random weights, and the renderer.
 
     Args:
-        model: Section ``model`` of a config.
+        model: ``model`` section of a config.
 
     Raises:
         InputError: The section contains unknown or invalid settings.
@@ -178,7 +178,7 @@ def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
         parsed = parser.parse_object({part: model.get(part, {}) for part in ("lrm", "renderer")})
     except ArgumentError as error:
         raise InputError(
-            expected="a section model that is valid in this version of lrm_pl", found=error
+            expected="a model section that is valid in this version of lrm_pl", found=error
         ) from error
     built = parser.instantiate(parsed)
     return cast(LRM, built["lrm"]), cast(Renderer, built["renderer"])

@@ -28,19 +28,20 @@ class MeshOptions:
 
     Attributes:
         resolution: Resolution of the density grid.
-        threshold: Density at the surface. If None, the threshold of the model is used, or it is estimated per object.
+        threshold: Density at the surface. If None, the threshold of the model is used. If the model has
+            no threshold, it is estimated per object.
         floaters: Minimum area of a connected component, as a fraction of the area of the largest component.
         max_faces: Maximum number of faces. If None, there is no limit for meshes with vertex colors, and the limit for
             meshes with a texture is ``TEXTURE_FACES``.
         texture: Approximate side length of the texture in pixels. If 0, the mesh has vertex colors.
-        texture_limit_s: Time limit of the UV unwrapping in seconds.
+        texture_limit_s: Time limit for UV unwrapping in seconds.
         formats: File formats of the mesh.
         frames: Number of frames of the orbit. If 0, neither an orbit nor a grid image is rendered.
         size: Side length of a frame in pixels.
         elevation_deg: Elevation of the orbit in degrees.
-        distance: Distance of the assumed input camera from the origin in scene units. If None, the distance of training
+        distance: Distance of the assumed input camera from the origin in scene units. If None, the training value
             is used.
-        fov_deg: Field of view of the assumed input camera in degrees. If None, the field of view of training is used.
+        fov_deg: Field of view of the assumed input camera in degrees. If None, the training value is used.
     """
 
     resolution: int = 256
@@ -88,14 +89,14 @@ def require_between(name: str, value: float, low: float, high: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ServerLimits:
-    """Limits of HTTP requests.
+    """Limits for HTTP requests.
 
     Attributes:
         megabytes: Maximum size of the image file in megabytes.
-        megapixels: Maximum number of pixels of the image in millions.
+        megapixels: Maximum number of pixels in the image, in millions.
         seconds: Maximum time from the end of the upload to the response in seconds, including the time in the queue. It
             is checked between stages.
-        upload_seconds: Maximum time of the upload in seconds.
+        upload_seconds: Maximum duration of the upload in seconds.
         queue: Maximum number of waiting requests.
         resolution: Maximum grid resolution.
     """

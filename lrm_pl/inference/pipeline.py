@@ -1,4 +1,4 @@
-"""``LRMPipeline``, which combines a trained model with the preprocessing of images."""
+"""Pipeline that combines a trained model with image preprocessing."""
 
 import functools
 import logging
@@ -60,7 +60,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
     """A trained LRM in evaluation mode, with a renderer, background removal and input framing.
 
     Args:
-        model: Section ``model`` of a config, which describes the network and the renderer.
+        model: ``model`` section of a config, which describes the network and the renderer.
         framing: Framing of the input images. If None, images are framed as in the LRM paper.
         card: Text of the model card. If empty, ``save_pretrained`` generates a model card.
         remover: Background remover. If None, the small U^2-Net of rembg is used.
@@ -178,12 +178,12 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the weights as computed by ``hash_weights`` when this property is first accessed."""
+        """SHA-256 of the weights, which ``hash_weights`` computes when this property is first accessed."""
         return hash_weights(self.network)
 
     @property
     def description(self) -> str:
-        """Description of the source, the step and the device in one line."""
+        """One-line description of the source, the step and the device."""
         step = "" if self.step is None else f", step {self.step}"
         return f"{self.source}{step}, on {self.device}"
 
@@ -262,7 +262,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
         Args:
             image: Image as accepted by ``preprocess``, or preprocessed tensor of shape (C, H, W) with values in [0, 1].
-            camera: Assumed camera of the image. If None, the camera of training is used.
+            camera: Assumed camera of the image. If None, the camera used in training is assumed.
 
         Raises:
             InputError: The image cannot be read or contains no object, or the network requires several views.
@@ -281,7 +281,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
 
 def _open(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-    """Return an upright 8-bit sRGB image in the mode RGB or RGBA."""
+    """Return an upright 8-bit sRGB image in RGB or RGBA mode."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
             raise InputError(

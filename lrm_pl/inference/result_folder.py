@@ -38,7 +38,7 @@ def require_video() -> None:
 def infer(
     pipeline: LRMPipeline, image: Path, out: Path, options: MeshOptions, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Reconstruct an image file and write the results into a folder.
+    """Reconstruct the object in an image file, and write the results to a folder.
 
     The mesh is written before the orbit is rendered. If the folder contains a result.json, the files that it lists are
     replaced or removed.
@@ -140,7 +140,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _camera(pipeline: LRMPipeline, options: MeshOptions) -> InputCamera:
-    """Return the camera of training with the distance and the field of view of the options, if they are set."""
+    """Return the camera used in training, with the distance and field of view of the options if they are set."""
     default = pipeline.framing.camera
     return InputCamera(
         default.distance if options.distance is None else options.distance,
@@ -164,7 +164,7 @@ def _files_of(out: Path) -> set[str]:
 
 
 def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
-    """Check that no file would be overwritten that is not part of an earlier result.
+    """Check that only files of an earlier result would be overwritten.
 
     Raises:
         InputError: A file exists that is not part of an earlier result.

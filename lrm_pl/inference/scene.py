@@ -107,10 +107,10 @@ class Scene:
         Args:
             mesh: Mesh of this scene.
             size: Approximate side length of the texture in pixels.
-            limit_s: Time limit of the UV unwrapping in seconds.
+            limit_s: Time limit for UV unwrapping in seconds.
 
         Raises:
-            UnwrapError: The UV unwrapping failed or exceeded the time limit.
+            UnwrapError: UV unwrapping failed or exceeded the time limit.
         """
         return bake_texture(mesh, lambda points: sample_colors(self.field, 0, points), size, limit_s)
 
@@ -178,8 +178,8 @@ def reconstruct(
     Args:
         network: Single-view network in evaluation mode.
         renderer: Renderer that the network was trained with.
-        image: Square sRGB image of shape (C, H, W) with values in [0, 1]. An RGB image must have the background of
-            training, and an RGBA image must have straight alpha.
+        image: Square sRGB image of shape (C, H, W) with values in [0, 1]. An RGB image must have the background
+            used in training, and an RGBA image must have straight alpha.
         camera: Assumed or known camera of the image.
         background: Gray level that RGBA images are composited over. LRM uses white.
         threshold: Density at the surface. If None, it is estimated for this object.
@@ -258,5 +258,5 @@ def to_uint8(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """Return a context that computes matrix products in bf16, as in training. Geometry is computed in float32."""
+    """Return a context manager that computes matrix products in bf16, as in training, but geometry in float32."""
     return torch.autocast(device.type, torch.bfloat16)

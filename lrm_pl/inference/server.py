@@ -68,7 +68,7 @@ class ReconstructionQueue:
 
     Args:
         pipeline: Trained model.
-        limits: Limits of requests.
+        limits: Request limits.
 
     Attributes:
         waiting: Number of running and waiting requests.
@@ -99,7 +99,9 @@ class ReconstructionQueue:
                 was exceeded, or the image cannot be reconstructed.
         """
         if self.waiting > self.limits.queue or self.is_stopping():
-            raise RequestError(503, f"The queue is full: {self.waiting} requests are waiting. Retry later.")
+            raise RequestError(
+                503, f"The queue is full: {self.waiting} requests are running or waiting. Retry later."
+            )
         self.waiting += 1
         canceled = threading.Event()
         deadline = time.monotonic() + self.limits.seconds
@@ -193,7 +195,7 @@ def describe_non_image(content: bytes, content_type: str) -> str:
 
     Args:
         content: Body of the request.
-        content_type: Value of the header Content-Type.
+        content_type: Value of the Content-Type header.
     """
     if content_type.startswith("multipart/"):
         return "a form"
@@ -216,7 +218,7 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
 
     Args:
         queue: Queue of reconstructions.
-        limits: Limits of requests.
+        limits: Request limits.
     """
     registry = CollectorRegistry()
     requests = Counter(
@@ -305,7 +307,7 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
     @app.get("/health/", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Return the status, the model and the number of waiting requests."""
+        """Return the status, the model and the number of running and waiting requests."""
         return {**status, "waiting": queue.waiting}
 
     @app.get("/metrics/", include_in_schema=False)
@@ -320,11 +322,11 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
 def serve(pipeline: LRMPipeline, limits: ServerLimits, host: str, port: int) -> None:
     """Run the server until it receives a stop signal.
 
-    The running request is completed, and waiting requests are rejected.
+    The running request is then completed, and waiting requests are rejected.
 
     Args:
         pipeline: Trained model.
-        limits: Limits of requests.
+        limits: Request limits.
         host: Address to listen on.
         port: Port to listen on.
     """

@@ -94,7 +94,7 @@ def _empty_heads_last(x: Tensor) -> Tensor:
 
 
 def _blocks(queries: int, keys: int) -> list[slice]:
-    """Split the queries into blocks of equal size."""
+    """Split the queries into blocks of equal size, except for the last block, which may be smaller."""
     count = math.ceil(queries * keys / _SCORES)
     size = math.ceil(queries / count)
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
@@ -147,5 +147,5 @@ def _(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, **_: object
 
 
 def _products(q: torch.Size, k: torch.Size) -> int:
-    """Return the number of FLOPs of one matrix product between queries and keys, which is 2 B h L N d."""
+    """Return the number of FLOPs of one matrix product between queries and keys, 2 * B * h * L * N * d."""
     return 2 * q.numel() * k[2]

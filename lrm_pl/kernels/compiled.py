@@ -9,7 +9,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(**options: Any) -> Callable[[F], F]:  # noqa: ANN401 - numba's
-    """Return a decorator that compiles a function at its first call and releases the GIL while it runs.
+    """Return a decorator that compiles a function on its first call and releases the GIL while it runs.
 
     numba caches the compiled code next to the source file or in the home folder. If neither folder is writable, for
     example, in a read-only container, each process compiles the function again.

@@ -4,13 +4,14 @@ The input ``planes`` (3, S, S, C) contains the channels-last planes of one objec
 layer of the MLP folded in. The weights and biases of the MLP are packed by ``pack``.
 
 The features of a sample are the sum of the bilinear samples of the three planes (see ``kernels.triplane``) and a bias.
-They pass through the activation, L layers C x C with the activation, and one layer C x 4. The float32 output
-(N, W, K, 4) contains the raw density and three color logits of each sample, or ``EMPTY_RAW_DENSITY`` and zeros if the
-ray is not alive. Positions and interpolation are computed in float32. Matrix products have the dtype of the planes and
-float32 accumulators. The output is differentiable with respect to planes, weights and biases, but not the rays.
+They pass through the activation, L linear layers of shape (C, C), each followed by the activation, and a linear layer
+of shape (C, 4). The float32 output (N, W, K, 4) contains the raw density and three color logits of each sample, or
+``EMPTY_RAW_DENSITY`` and zeros if the ray is not alive. Positions and interpolation are computed in float32. Matrix
+products have the dtype of the planes and float32 accumulators. The output is differentiable with respect to the planes,
+weights and biases, but not the rays.
 
-The backward pass recomputes the layers, adds to a given gradient of the planes, and returns the gradients of weights
-and biases. The gradient of the planes uses atomic additions and is not bitwise reproducible.
+The backward pass recomputes the layers, adds the gradient of the planes to a given tensor, and returns the gradients of
+weights and biases. The gradient of the planes uses atomic additions and is not bitwise reproducible.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
 
 
 def unpack(packed: PackedMLP, width: int) -> tuple[Tensor, ...]:
-    """Unpack weights, or gradients of weights, to the arguments of ``pack``."""
+    """Unpack packed weights or gradients into the arguments of ``pack``."""
     layers = (packed.biases.numel() - _LAST) // width - 1
     matrices = packed.weights[: layers * width * width].view(layers, width, width).transpose(1, 2)
     biases = packed.biases[: (layers + 1) * width].view(layers + 1, width)
@@ -233,8 +234,8 @@ class Launch:
 def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
     """Choose the largest tile for which the scratch buffer takes less than a quarter of the L2 cache.
 
-    Each multiprocessor runs one program. If no tile is small enough, as on RTX 30xx, A10, A40, A30 and MI300X, the
-    smallest tile is chosen.
+    Each multiprocessor runs at most one program. If no tile is small enough, as on RTX 30xx, A10, A40, A30 and MI300X,
+    the smallest tile is chosen.
 
     Args:
         planes: Planes of shape (3, S, S, C).

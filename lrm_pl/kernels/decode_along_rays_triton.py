@@ -28,7 +28,7 @@ def _axis(px, py, pz, AXIS: tl.constexpr):
 
 @triton.jit
 def _texel(position, S: tl.constexpr):
-    """Convert positions in [-1, 1] to texels, and clamp them to a range outside of which all weights are 0."""
+    """Convert positions in [-1, 1] to texel coordinates, clamped to a range outside of which all weights are 0."""
     return tl.minimum(tl.maximum(0.5 * ((position + 1.0) * S - 1.0), -2.0), S + 1.0)
 
 
@@ -80,7 +80,7 @@ def _tile(
     tile, origins, directions, t, alive, N, W, K,
     TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    """Return the sample indices of a tile, a mask of existing samples, a mask of samples to evaluate, and positions."""
+    """Return the sample indices of a tile, masks of the samples in bounds and of those to evaluate, and positions."""
     m = tl.arange(0, TH * TW * TK)
     slabs, across = tl.cdiv(K, TK), tl.cdiv(W, TW)
     k = (tile % slabs) * TK + m % TK

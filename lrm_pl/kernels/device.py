@@ -111,7 +111,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def record_event(device: torch.device) -> torch.cuda.Event:
-    """Record a timing event in the current stream of a CUDA device."""
+    """Record a timing event on the current stream of a CUDA device."""
     module = torch.get_device_module(device)
     event: torch.cuda.Event = module.Event(enable_timing=True)
     event.record(module.current_stream(device))
@@ -158,7 +158,7 @@ def _streams(device: torch.device) -> Any:  # noqa: ANN401 - a module
 class HostCopy:
     """Asynchronous copy of a tensor to the host.
 
-    Only the method ``numbers`` waits for the device.
+    Only the ``numbers`` method waits for the device.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -186,7 +186,7 @@ class CopyStream:
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
-        """Queue work on this stream that starts after all work that is queued on the current stream."""
+        """Return a context manager that queues work on this stream after all work queued on the current stream."""
         self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             yield
@@ -279,7 +279,7 @@ def peak_device_memory(device: torch.device) -> int | None:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Add the index that DeepSpeed requires to a CPU device, and return other devices unchanged."""
+    """Return a CPU device with an index, as DeepSpeed requires, or another device unchanged."""
     return torch.device("cpu", 0) if device.type == "cpu" else device
 
 

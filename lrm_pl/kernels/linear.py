@@ -2,7 +2,7 @@
 
 The operation computes act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I) and ``bias`` (O), where the activation is ReLU
 or SiLU. The fused operator is part of oneDNN, and ``torch.compile`` also uses it on a CPU. It applies the activation in
-registers, has no gradient, and agrees with ``linear_plain`` up to bf16 rounding.
+registers, is not differentiable, and agrees with ``linear_plain`` up to bf16 rounding.
 """
 
 import functools

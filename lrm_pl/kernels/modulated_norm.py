@@ -1,6 +1,6 @@
 """Layer normalization with a weight and bias per object.
 
-The operation computes LN(x) weight + bias for ``x`` of shape (B, L, D), and ``weight`` and ``bias`` of shape (B, D).
+The operation computes LN(x) * weight + bias for ``x`` of shape (B, L, D), and ``weight`` and ``bias`` of shape (B, D).
 It normalizes over D and is differentiable with respect to all three tensors. The only large tensor that is saved for
 the backward pass is ``x``. The Triton kernels compute in float32. They read ``x`` once in the forward pass, and ``x``
 and the gradient once in the backward pass. Sums have a fixed order, so results are bitwise reproducible.

@@ -3,7 +3,7 @@
 ``planes`` (P, S, S, C) are the channels-last float32 planes of one object, and ``points`` (Q, 3) are float32 points,
 which are in [-1, 1] inside the field. Plane p is sampled at column ``points[:, axes[p][0]]`` and row
 ``points[:, axes[p][1]]``, with ``align_corners=False`` and zero padding, as in ``torch.nn.functional.grid_sample``. The
-features of the planes are summed to (Q, C) if ``reduce`` is "sum", and concatenated to (Q, P C) if it is "concat".
+features of the planes are summed to (Q, C) if ``reduce`` is "sum", and concatenated to (Q, P * C) if it is "concat".
 Sampling is differentiable with respect to the planes, but not the points.
 
 On a CPU, sampling is implemented with numba. On other devices, ``embedding_bag`` gathers and sums the four neighbors of
@@ -56,7 +56,7 @@ def _neighbors(
 ) -> tuple[Int[Tensor, "Q P 4"], Float[Tensor, "Q P 4"]]:
     """Return the four texels around each point in each plane, and their bilinear weights.
 
-    Texels are given as row indices into the planes after reshaping to (P S S, C). Texels outside a plane have weight 0.
+    Texels are given as row indices into the planes reshaped to (P * S * S, C). Texels outside a plane have weight 0.
     """
     # Positions in texels are clamped to one texel beyond the border to avoid integer overflow.
     positions = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)

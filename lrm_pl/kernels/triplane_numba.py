@@ -39,7 +39,7 @@ def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.floa
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
 def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
-    """Sample planes bilinearly at points.
+    """Sample planes at the given points with bilinear interpolation.
 
     Args:
         planes: Planes of shape (P, S, S, C).

@@ -1,4 +1,4 @@
-"""Conversion of RGBA views from bytes to floats, with compositing over white, or resizing and cropping.
+"""Conversion of 8-bit RGBA views to floats, with compositing over white or with resizing and cropping.
 
 ``over_white`` converts whole views on any device. ``resized_window`` computes a window of a resized view on a CPU
 without resizing the rest of the view. Resizing operates on premultiplied colors with antialiasing. Pixel centers are at
@@ -74,13 +74,16 @@ def resized_window_plain(
 
 
 def premultiplied(rgba: RGBA) -> Float[Tensor, "4 H W"]:
-    """Return premultiplied colors and alpha in [0, 1], which can be resized without bleeding of hidden colors."""
+    """Return premultiplied colors and alpha in [0, 1].
+
+    Resizing premultiplied colors prevents the colors of transparent pixels from bleeding into other pixels.
+    """
     view = torch.from_numpy(rgba).permute(2, 0, 1).float() / 255
     return torch.cat([view[:3] * view[3:], view[3:]])
 
 
 def resize(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C side side"]:
-    """Resize an image to a square by antialiased bilinear interpolation."""
+    """Resize an image to a square with antialiased bilinear interpolation."""
     if image.shape[-2:] == (side, side):
         return image
     resized = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -86,7 +86,7 @@ def resized_window(
 def _taps(
     size: int, resized: int, start: int, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the first source pixel and the filter weights of the ``count`` resized pixels from index ``start``.
+    """Return the first source pixel and the filter weights for ``count`` resized pixels, starting at index ``start``.
 
     The filter is a triangle with a support of two resized pixels, or two source pixels if source pixels are larger.
     The computation uses float32, as in PyTorch.

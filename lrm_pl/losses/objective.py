@@ -1,4 +1,4 @@
-"""Training objective, which is a weighted sum of named terms (MSE + 2.0 LPIPS in LRM, section 3.4)."""
+"""Training objective, a weighted sum of named loss terms (MSE + 2.0 LPIPS in LRM, section 3.4)."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ class LossInputs:
 
 
 class Objective(nn.Module):
-    """Weighted sum of loss terms without parameters.
+    """Weighted sum of loss terms, without learnable parameters.
 
     Terms with weight 0 are not computed. To add terms, override ``forward`` in a subclass, and select the subclass with
     ``model.objective.class_path``.
@@ -39,10 +39,10 @@ class Objective(nn.Module):
     Args:
         mse: Weight of the mean squared error.
         lpips: Weight of LPIPS with VGG.
-        lpips_start_step: First optimizer step with LPIPS. Steps without LPIPS are faster (LGM).
+        lpips_start_step: First optimizer step with LPIPS. Earlier steps are faster because LPIPS is not computed.
         mask: Weight of the cross-entropy between opacity and alpha, which removes floaters (TripoSR: 0.05).
         tv: Weight of the total variation of the planes (OpenLRM: 5e-4).
-        opacity: Weight of the prior that pixels are either transparent or opaque.
+        opacity: Weight of a prior that favors pixels that are either fully transparent or fully opaque.
     """
 
     def __init__(

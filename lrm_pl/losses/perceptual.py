@@ -109,7 +109,7 @@ class PerceptualLoss:
             return self._features(images)
 
     def distance(self, prediction: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> Float[Tensor, " n"]:
-        """Compute LPIPS from results of ``features``. Batches of size 1 are broadcast."""
+        """Compute LPIPS from two results of ``features``. Batches of size 1 are broadcast."""
         distances = [
             _distance(a, b, linear.model[-1].weight.flatten())
             for a, b, linear in zip(prediction, target, self.network.lins, strict=True)
@@ -189,7 +189,7 @@ def _distance(
 
 
 def _build(features: Mapping[str, Tensor], net: LpipsNet) -> lpips.LPIPS:
-    """Build the lpips network, and strictly load the given convolution weights and the linear layers of the package.
+    """Build the lpips network, and load the given convolution weights and the linear layers of the package.
 
     The network is built on the meta device because torchvision would otherwise draw 138 million random weights, which
     takes seconds and advances the global random state.

@@ -28,7 +28,7 @@ def encode_mesh(mesh: Mesh, file_format: MeshFormat, stem: str = "mesh") -> dict
         stem: File name without suffix.
 
     Returns:
-        File contents by file name. The first file is the mesh. If there are more files (texture and material), they
+        Mapping from file names to file contents. The first file is the mesh. Additional files (texture and material)
         must be stored in the same folder.
     """
     if file_format == "glb":

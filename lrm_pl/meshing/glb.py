@@ -1,4 +1,4 @@
-"""Export of meshes to binary glTF 2.0, with a matte material, the up axis +y, lengths in meters and linear colors.
+"""Export of meshes to binary glTF 2.0, with a matte material, +y up, lengths in meters and linear colors.
 
 See https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, sections 3.6 (accessors), 3.7.2 (attributes) and 4.4
 (GLB).

@@ -120,7 +120,7 @@ def _area_vectors(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove vertices that are not part of a face."""
+    """Remove vertices that are not part of any face."""
     used = np.zeros(len(vertices), dtype=bool)
     used[faces] = True
     index = np.cumsum(used) - 1

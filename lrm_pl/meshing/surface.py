@@ -41,7 +41,7 @@ def extract_mesh(
     Args:
         field: Fields of B objects.
         index: Index of the object.
-        threshold: Density at the surface, in the renderer's unit (OpenLRM: 3; TripoSR: 25).
+        threshold: Density at the surface, per unit of length of the renderer (OpenLRM: 3; TripoSR: 25).
         resolution: Number of grid points along each axis (LRM: 384).
         bounds: Bounds of the renderer. The density outside the bounds, where the model is not trained, is set to zero.
         floaters: Minimum area of a connected component as a fraction of the area of the largest component. Smaller
@@ -101,7 +101,7 @@ def _marching_cubes(density: Tensor, threshold: float) -> tuple[np.ndarray, np.n
 
 @torch.no_grad()
 def sample_colors(field: Field, index: int, points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
-    """Return the sRGB colors in [0, 1] of one object at points."""
+    """Return the sRGB colors in [0, 1] of one object at the given points."""
     queries = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(field.planes.device)
     return query_color(field, index, queries).float().clamp(0, 1).cpu().numpy()
 

@@ -27,7 +27,7 @@ def bake_texture(mesh: Mesh, color: Color, size: int = 1024, limit_s: float = 60
         mesh: Mesh without a texture.
         color: Function that maps points to colors.
         size: Target side length of the texture in pixels. The packed atlas may be up to 1.5 times as large.
-        limit_s: Time limit of the UV unwrapping in seconds.
+        limit_s: Time limit for UV unwrapping in seconds.
 
     Raises:
         UnwrapError: Unwrapping failed or timed out.

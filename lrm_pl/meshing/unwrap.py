@@ -25,7 +25,7 @@ class Atlas:
     """UV atlas of a mesh.
 
     Attributes:
-        source: Index of the mesh vertex of each atlas vertex, of shape (N,). Vertices at seams are duplicated.
+        source: Index of the original vertex for each atlas vertex, of shape (N,). Vertices at seams are duplicated.
         faces: Faces as indices of atlas vertices, of shape (M, 3).
         uv: Texture coordinates of shape (N, 2). They range from 0 at the left and top edges to 1 at the right and
             bottom edges.

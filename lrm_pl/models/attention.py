@@ -73,10 +73,10 @@ def attend(
 ) -> Float[Tensor, "B h L d"]:
     """Compute softmax(q k^T / sqrt d) v.
 
-    On a CPU, attention is computed by ``attention_plain`` if the scores fit in the cache, and in blocks of queries
-    otherwise. PyTorch's ``scaled_dot_product_attention`` is used on accelerators. It is also used in float32 without
-    gradients because the outputs of published weights are compared with the original code, and large logits amplify
-    differences in the order of summation.
+    PyTorch's ``scaled_dot_product_attention`` is used on accelerators. On a CPU, it is used only for float32 inputs
+    without gradients, so that the outputs of published weights can be compared with those of the original code. With
+    large logits, a different order of summation would change the outputs noticeably. In all other cases, attention is
+    computed by ``attention_plain`` if the scores fit in the cache, and in blocks of queries otherwise.
     """
     if not on_cpu(q) or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Camera embedding by an MLP on a camera vector of 20 elements (LRM, section 3.2) or 16 elements (OpenLRM)."""
+"""MLP that embeds a camera vector of 20 elements (LRM, section 3.2) or 16 elements (OpenLRM)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,5 +22,5 @@ class CameraEmbedder(nn.Module):
     def forward(
         self, c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"]
     ) -> Float[Tensor, "*batch E"]:
-        """Embed canonical poses and normalized intrinsics."""
+        """Embed camera poses in the canonical frame and normalized intrinsics."""
         return self.mlp(camera_vector(c2w, fxfycxcy, self.numbers))

@@ -1,8 +1,8 @@
 """The NeRF MLP, which maps the features of a point to density and color (LRM, section 3.3).
 
 The first linear layer can be folded into the planes because it commutes with bilinear sampling:
-W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Folding is exact, and samples need not be passed through the widest
-layer. Folding is faster if the MLP is narrower than the three concatenated feature vectors.
+W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Folding is exact, and the widest layer is not applied to
+individual samples. Folding is faster if the MLP is narrower than the three concatenated feature vectors.
 """
 
 from itertools import pairwise
@@ -120,7 +120,7 @@ class NeRFDecoder(nn.Module):
         return torch.sigmoid(logits) * (1 + 2 * self.color_margin) - self.color_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Map raw densities to densities per unit of length. The unit is a setting of the renderer."""
+        """Map raw densities to densities per unit of length. The renderer defines the unit of length."""
         raw = raw + self.density_bias
         # The clamp prevents overflow of the gradient of exp. Samples of density e^11 are opaque.
         return F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()

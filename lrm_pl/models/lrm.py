@@ -26,7 +26,7 @@ from lrm_pl.models.upsampler import Upsampler
 class LRM(nn.Module):
     """Large Reconstruction Model.
 
-    The default sizes are the sizes in the paper.
+    The default sizes are those in the paper.
 
     Args:
         encoder: Image encoder.

@@ -92,7 +92,7 @@ class GEGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block of cross-attention to the image, self-attention and an MLP.
+    """Transformer block with cross-attention to the image, self-attention and an MLP.
 
     Each sublayer is pre-normalized and has a residual connection.
 
@@ -157,7 +157,7 @@ class TriplaneTransformer(nn.Module):
         heads: Number of attention heads per block.
         image_dim: Width M of the image features.
         camera_dim: Width E of the camera embedding. If None, the transformer is not conditioned on the camera.
-        design: Design of the blocks and of the layers around them.
+        design: Design of the blocks and of the layers before and after the blocks.
         qk_norm: Whether queries and keys are normalized.
     """
 

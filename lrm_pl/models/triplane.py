@@ -69,7 +69,7 @@ class TriplaneField:
     axes: Axes
 
     def sample(self, planes: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Sample the features of one object at points."""
+        """Sample the features of one object at the given points."""
         return triplane_sample(planes, points, self.axes, self.reduce)
 
     def accumulate(

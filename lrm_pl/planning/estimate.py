@@ -35,20 +35,20 @@ _CPU_EFFICIENCY = 0.5
 def print_gpu_estimate(
     console: Console, planner: Planner, hardware: Hardware, *, every_rank: bool, less_memory: bool
 ) -> StrategyEstimate | None:
-    """Print the estimate of a run on GPUs.
+    """Print the estimated operations, memory and time of a run on GPUs.
 
     Args:
         console: Console to print to.
-        planner: Function that returns the plan of the run.
+        planner: Function that takes additional arguments of ``lrm fit`` and returns the plan of the run.
         hardware: GPUs and network of the run.
-        every_rank: Whether to check the shards of every rank instead of only the first and the last rank.
+        every_rank: Whether to check the shards of every rank instead of only those of the first and the last rank.
         less_memory: Whether to also print settings that reduce memory.
 
     Returns:
-        The recommended strategy, or None if no strategy fits into memory.
+        The estimate of the recommended strategy, or None if no strategy fits into memory.
 
     Raises:
-        InputError: The run cannot be planned, or the GPU does not support its precision.
+        InputError: The settings of the run are invalid, or the GPU does not support the precision of the run.
     """
     gpu, nodes = hardware.gpu, hardware.nodes
     plan = planner(())
@@ -89,15 +89,15 @@ def print_gpu_estimate(
 
 
 def print_cpu_estimate(console: Console, planner: Planner, *, less_memory: bool) -> None:
-    """Print the estimate of a run with one process on the CPU of this machine.
+    """Print the estimated operations, memory and time of a run in one process on the CPU of this machine.
 
     Args:
         console: Console to print to.
-        planner: Function that returns the plan of the run.
+        planner: Function that takes additional arguments of ``lrm fit`` and returns the plan of the run.
         less_memory: Whether to also print settings that reduce memory.
 
     Raises:
-        InputError: The run cannot be planned.
+        InputError: The settings of the run are invalid.
     """
     base = memory_of_libraries()
     plan = planner(())
@@ -134,7 +134,7 @@ def _sharded_costs(
 
 
 def _print_step(console: Console, plan: RunPlan, costs: StepCosts) -> None:
-    """Print the size of the network, and the number of operations in an optimizer step of all processes."""
+    """Print the size of the network, and the number of operations per optimizer step over all processes."""
     lrm, batches = plan.module.lrm, plan.processes * plan.accumulate
     table = Table(title="Network, and one step of all processes", show_header=False)
     for name, module in (("encoder", lrm.encoder), ("transformer", lrm.transformer), ("all", lrm)):
@@ -183,7 +183,7 @@ def _print_memory_options(console: Console, planner: Planner) -> None:
 
 
 def _format_duration(seconds: tuple[float, float]) -> str:
-    """Format a range of durations, given in seconds, in days, hours, minutes or seconds."""
+    """Format a range of durations in seconds as days, hours, minutes or seconds."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds[1] >= 2 * size:
             return f"{_format_range((seconds[0] / size, seconds[1] / size), 1)} {unit}"
@@ -191,7 +191,7 @@ def _format_duration(seconds: tuple[float, float]) -> str:
 
 
 def _format_range(ends: tuple[float, float], digits: int) -> str:
-    """Format a range with ``digits`` decimals, or up to 6 decimals if both ends would otherwise have the same text."""
+    """Format a range with ``digits`` decimals, or up to 6 decimals if both ends would otherwise look the same."""
     low, high = sorted(ends)
     while digits < 6 and low != high and f"{low:.{digits}f}" == f"{high:.{digits}f}":
         digits += 1

@@ -24,7 +24,7 @@ class Gpu:
         memory: Memory size in bytes.
         bandwidth: Memory bandwidth in bytes per second.
         link: Bandwidth to other GPUs of the node (NVLink, Infinity Fabric or PCIe), in bytes per second per direction.
-        properties: Properties by which kernels are selected.
+        properties: Device properties that determine which kernels are selected.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Gpu:
         """Return the peak rate of matrix products in FLOP/s.
 
         Args:
-            dtype: Type of the matrix products.
+            dtype: Data type of the matrix products.
 
         Raises:
             InputError: ``dtype`` is bfloat16, which the GPU does not support in hardware.
@@ -203,7 +203,7 @@ def require_gpu(name: str) -> Gpu:
 
 
 def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
-    """Split the name of a GPU into words in lower case, without the manufacturer, and a memory size.
+    """Split the name of a GPU into lower-case words, without the manufacturer, and the memory size.
 
     Returns:
         The words, and the memory size in GB or None if the name contains no unique memory size.
@@ -235,7 +235,7 @@ def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak half-precision rate of a device in FLOP/s, or None if the device is not in the table."""
+    """Return the peak half-precision rate of a device in FLOP/s, or None if it is unknown."""
     if not on_cuda(device):
         return cpu_flops() if on_cpu(device) else None
     gpu = gpu_of_name(torch.cuda.get_device_name(device))

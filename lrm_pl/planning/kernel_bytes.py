@@ -1,4 +1,4 @@
-"""Formulas for the memory traffic of the fused decoder kernels, which ``OperationCounter`` uses."""
+"""Formulas used by ``OperationCounter`` for the memory traffic of the fused decoder kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,21 @@ from lrm_pl.kernels.device import gpu_properties
 def _forward_access(
     planes: Tensor, samples: list[Tensor], mlp: list[Tensor], *_: object, out_val: Tensor, **__: object
 ) -> tuple[float, float]:
-    """Count every tensor once. The planes and the weights fit into the L2 cache, so they are read from memory once."""
+    """Return the number of bytes read and written by the forward kernel, and the size of its temporary buffers.
+
+    Every tensor is counted once. The planes and the weights fit into the L2 cache, so they are read from memory once.
+    """
     return float(sum(x.nbytes for x in (planes, *samples, *mlp, out_val))), 0.0
 
 
 def _backward_access(
     total: Tensor, grad: Tensor, planes: Tensor, samples: list[Tensor], mlp: list[Tensor], *_: object, **__: object
 ) -> tuple[float, float]:  # fmt: skip
-    """Count the inputs once, and the gradients of the planes and the partial sums of each program twice."""
+    """Return the number of bytes read and written by the backward kernel, and the size of its temporary buffers.
+
+    Inputs are counted once. The gradients of the planes and the partial sums of each program are counted twice because
+    they are written and read.
+    """
     gpu = gpu_properties(planes.device)
     assert gpu is not None, "the operator runs on a GPU, real or emulated"
     launch = plan_launch(planes, samples[2], mlp[1], gpu)

@@ -11,7 +11,7 @@ from lrm_pl.kernels.device import peak_device_memory
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the peak memory of this process so far in GiB, by the name under which the value is logged."""
+    """Return the peak memory of this process so far in GiB, as a mapping from metric names to values."""
     peaks = {"memory/peak_host_gib": _host_peak() / 1024**3}
     if (on_gpu := peak_device_memory(device)) is not None:
         peaks["memory/peak_gpu_gib"] = on_gpu / 1024**3

@@ -16,7 +16,7 @@ _SHARDED = ("FSDP2Strategy", "ZeroStrategy")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryOption:
-    """A setting that reduces memory.
+    """A setting that reduces the memory usage of a run.
 
     Attributes:
         option: Command-line option that applies the setting.
@@ -56,8 +56,8 @@ def peak_bytes(plan: RunPlan, sharded: bool | None = None) -> float:
 def _sharded_bytes(costs: StepCosts, plan: RunPlan, stage: int) -> tuple[float, float]:
     """Return the permanent and the transient memory of a process with ZeRO or FSDP2, in bytes.
 
-    Stage 1 shards the moments, stage 2 also shards the gradients, and stage 3 also shards the weights. In stage 3, the
-    weights of two blocks are gathered at a time.
+    Stage 1 shards AdamW's moments, stage 2 also shards the gradients, and stage 3 also shards the weights. In stage 3,
+    the weights of two blocks are gathered at a time.
     """
     n = plan.processes // plan.replicas
     weights = costs.weights / n if stage == 3 else costs.weights

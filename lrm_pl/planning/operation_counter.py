@@ -19,7 +19,7 @@ from lrm_pl.planning.kernel_bytes import BYTES_FORMULAS
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One or several executions of an operator.
+    """One or more executions of an operator.
 
     Attributes:
         part: Part of the program that executes the operator.
@@ -42,7 +42,7 @@ class Operation:
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of attention. PyTorch 2.14 registers formulas for the CUDA operators only."""
+    """Return the FLOPs of the attention forward pass. PyTorch 2.14 registers formulas for the CUDA operators only."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
@@ -50,13 +50,13 @@ def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **
 def _attention_backward_flops(
     grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of the recomputed product q k^T and of the four products that compute the gradients."""
+    """Return the FLOPs of the attention backward pass, which recomputes q k^T and computes four more products."""
     return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation.
+    """A collective operation.
 
     Attributes:
         op: Type of the collective, which is "all_gather", "reduce_scatter" or "all_reduce".
@@ -95,7 +95,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak_with_gradients: Maximum of ``allocated + gradients``.
         operations: All operations.
         collectives: All collectives.
-        work_fractions: Fraction of the FLOPs that is executed, by name of the operator. The default is 1.
+        work_fractions: Fraction of the FLOPs that are executed, for each operator name. The default is 1.
     """
 
     def __init__(self, decomposed: Container[str] = ()) -> None:
@@ -138,11 +138,11 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def repeated(self, times: float, threads: int = 1) -> Iterator[None]:
-        """Count the operations inside the context as executed several times.
+        """Count each operation inside the context as if it were executed several times.
 
         Args:
             times: Number of executions, which may be a fraction.
-            threads: Number of threads that allocate the memory of an execution at the same time.
+            threads: Number of threads that run concurrently and each allocate the memory of one execution.
         """
         before, peak, self._times = self.allocated, self.peak, times
         self.peak = before
@@ -178,7 +178,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Run an operator and count the operation."""
+        """Run an operator and record its operations and memory."""
         op, kwargs = func._overloadpacket, kwargs or {}
         if op.__name__ in self.decomposed:
             with self:
@@ -240,8 +240,8 @@ _SCATTERING = frozenset({"index_put_", "_index_put_impl_"})
 def _accessed(func: Any, inputs: list[Tensor], results: list[Tensor]) -> float:  # noqa: ANN401 - an operator
     """Return the number of bytes that an operator reads and writes.
 
-    Each input and each result is counted once, except for the operators in the sets above and for operators that only
-    create tensors.
+    Each input and each result is counted once, except for operators that only create tensors and for operators in
+    ``_OVERWRITING``, ``_GATHERING`` and ``_SCATTERING``.
     """
     name = func._overloadpacket.__name__
     if "empty" in name:

@@ -34,7 +34,7 @@ class Cameras(NamedTuple):
     Attributes:
         c2w: Camera-to-world matrices of shape (N, 4, 4).
         fxfycxcy: Normalized intrinsics of shape (N, 4).
-        source: Description of where the cameras come from.
+        source: Description of the source of the cameras.
     """
 
     c2w: Float[Tensor, "N 4 4"]

@@ -27,7 +27,7 @@ class RunPlan:
         processes: Number of processes.
         accumulate: Number of accumulated batches per optimizer step.
         steps: Number of optimizer steps of the run.
-        strategy: Class path of the strategy, or Lightning's name of the strategy.
+        strategy: Class path of the strategy, or the name under which the strategy is registered in Lightning.
         replicas: Number of replicas for FSDP2.
         stage: ZeRO stage for DeepSpeed. If 0, DeepSpeed is not used.
     """
@@ -78,8 +78,8 @@ def plan_run(
             of this process.
 
     Raises:
-        InputError: The batch size is not divisible by the number of processes and accumulated batches, or a setting is
-            out of range.
+        InputError: The batch size is not divisible by the number of processes times the number of accumulated batches,
+            or a setting is out of range.
     """
     trainer = config["trainer"]
     accumulate, steps = trainer["accumulate_grad_batches"], trainer["max_steps"]

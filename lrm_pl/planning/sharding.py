@@ -1,4 +1,4 @@
-"""Simulation of sharding in a single process, with PyTorch's fake process group that does not communicate."""
+"""Simulation of sharding in a single process, with PyTorch's fake process group, which does not communicate."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ra
         lrm: The network, which is copied. It should be on the meta device to save memory.
         processes: World size.
         replicas: Number of replicas of the network.
-        dtype: Compute type of the blocks.
+        dtype: Data type in which the blocks compute.
         ranks: Ranks to check.
 
     Raises:

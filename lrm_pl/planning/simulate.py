@@ -52,7 +52,7 @@ class StepShape:
         hits: Fraction of the target rays that hit the bounds of the renderer.
         gpu: Properties of the GPU. If None, the device is a CPU.
         threads: Number of CPU threads. It must be 1 for a GPU.
-        dtype: Type of matrix products.
+        dtype: Data type of matrix products.
         deterministic: Whether deterministic algorithms are required.
     """
 
@@ -73,19 +73,19 @@ class StepShape:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Operations and memory of one process in a training step, excluding the update by the optimizer.
+    """Operations and memory of one process in a training step, excluding the optimizer update.
 
     Attributes:
         trained: Number of trained parameters.
         largest: Number of elements of the largest trained tensor.
         weights: Size in bytes of the weights that this process holds.
-        frozen_other: Size in bytes of the networks that only the loss uses.
+        frozen_other: Size in bytes of the networks that are used only by the loss.
         gradients: Size in bytes of all gradients of the weights that this process holds.
         activations: Peak memory in bytes, excluding weights, gradients and networks of the loss.
         work: Peak memory in bytes of activations and gradients together.
         operations: All operations.
         collectives: All collectives.
-        forward: FLOPs of the forward pass, by part of the network.
+        forward: FLOPs of each part of the forward pass.
         shape: Shape of the batch.
         encoder_frozen: Whether the encoder has no backward pass.
     """
@@ -206,7 +206,7 @@ def simulate_step(
 
 
 def copy_to(device: str, module: Module) -> Module:
-    """Copy a module without its values, to the meta device or, inside a ``FakeTensorMode``, to fake CPU tensors."""
+    """Copy a module to the meta device or, inside a ``FakeTensorMode``, to the CPU, without copying tensor values."""
     copies: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         new = torch.empty_like(tensor, device=device)
@@ -216,14 +216,14 @@ def copy_to(device: str, module: Module) -> Module:
 
 
 def decomposed_operators(shape: StepShape) -> frozenset[str]:
-    """Return the names of the custom operators that call PyTorch operators on the simulated device."""
+    """Return the names of the custom operators that are implemented with PyTorch operators on the simulated device."""
     names = ("triplane_sample", "triplane_sample_backward", "triplane_accumulate")
     return frozenset() if shape.gpu is None else frozenset(names)
 
 
 @contextlib.contextmanager
 def emulate_device(shape: StepShape) -> Iterator[None]:
-    """Select the code for the simulated device, and set whether deterministic algorithms are required."""
+    """Emulate the device of ``shape`` inside the context, and apply the setting ``shape.deterministic``."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -273,7 +273,7 @@ def _enter(counter: OperationCounter, part: str) -> Callable[..., None]:
 
 
 def fake_renderer(renderer: Renderer, shape: StepShape, counter: OperationCounter) -> Renderer:
-    """Return a renderer that marches one chunk of rays per object, and counts the chunk as if it were all rays."""
+    """Return a renderer that marches one chunk of rays per object, and multiplies its cost by the number of chunks."""
     fake = copy.deepcopy(renderer)
     fake.ray_chunks = functools.partial(_OneChunk, shape, counter)
     fake.pixel_rays = functools.partial(_OneChunkOfPixels, shape, counter)
@@ -282,7 +282,7 @@ def fake_renderer(renderer: Renderer, shape: StepShape, counter: OperationCounte
 
 
 class _OneChunk(Rays):
-    """Rays of which a given fraction hits the bounds. Only one chunk of these rays is marched."""
+    """Rays for the simulation. A given fraction of the rays hits the bounds, and only one chunk is marched."""
 
     def __init__(
         self, step: StepShape, counter: OperationCounter, bundle: RayBundle, max_points: int, samples: int
@@ -295,7 +295,7 @@ class _OneChunk(Rays):
     def for_each_chunk(
         self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        """March one chunk per object on every thread, and count it as all chunks."""
+        """March one chunk per object on every thread, and multiply its cost by the number of chunks."""
         chunk = torch.empty(self.marched, dtype=torch.int64)
         for index in range(len(self.bundle.near)):
             for thread in range(self.threads):
@@ -305,9 +305,10 @@ class _OneChunk(Rays):
 
 
 class _OneChunkOfPixels(PixelRays):
-    """Grids of rays of which one chunk per object is marched and counted as all chunks.
+    """Grids of rays for the simulation.
 
-    Rays that miss the bounds remain in the grid, and the kernels skip these rays.
+    One chunk per object is marched, and its cost is multiplied by the number of chunks. Rays that miss the bounds
+    remain in the grid, and the kernels skip these rays.
     """
 
     def __init__(
@@ -324,7 +325,7 @@ class _OneChunkOfPixels(PixelRays):
         self.kept: Tensor | None = None
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
-        """March one chunk per object.
+        """March one chunk per object, and multiply its cost by the number of chunks.
 
         Between forward and backward, a buffer represents the saved samples of the other chunks.
         """

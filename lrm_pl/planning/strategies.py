@@ -94,7 +94,7 @@ class StrategyEstimate:
         optimizer: Size in bytes of AdamW's moments and of ZeRO's copies of the weights.
         activations: Peak size in bytes of activations, gathered weights and temporary tensors.
         peak: Peak memory in bytes, including memory that the allocator holds in addition to the tensors.
-        sent: Number of bytes sent.
+        sent: Number of bytes sent per step.
         compute: Time of computation in seconds.
         exposed: Time of communication that does not overlap with computation, in seconds.
     """
@@ -147,7 +147,7 @@ def estimate_strategies(
     *,
     fused: bool,
 ) -> list[StrategyEstimate]:
-    """Estimate all strategies on GPUs.
+    """Estimate the memory and time of all strategies on GPUs.
 
     Args:
         whole: Costs of a step of a process that holds the whole network.

@@ -32,7 +32,7 @@ def render_deferred(field: Field, rays: "Rays", march: RayMarching) -> Rendering
 
     Returns:
         Pixels of shape (B, R). They are differentiable with respect to the planes and weights of the field, but not
-        the rays.
+        with respect to the rays.
     """
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)

@@ -56,7 +56,7 @@ def density_grid(
 
 
 def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:
-    """Return the densities of one object at points."""
+    """Return the densities of one object at the given points."""
     density = points.new_empty(len(points))
 
     def work(chunk: slice) -> None:
@@ -67,7 +67,7 @@ def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Flo
 
 
 def query_color(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q 3"]:
-    """Return the colors of one object at points."""
+    """Return the colors of one object at the given points."""
     color = torch.empty_like(points)
 
     def work(chunk: slice) -> None:

@@ -1,7 +1,7 @@
 """Empty-space skipping and early ray termination, for rendering without gradients.
 
-Invisible densities are treated as zero, and rays are terminated when their transmittance falls below 0.001. The result
-differs from the result of ``render_deferred`` by at most 1/255.
+Densities that are too low to be visible are treated as zero, and rays are terminated when their transmittance falls
+below 0.001. The result differs from the result of ``render_deferred`` by at most 1/255.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Occupancy:
     """Occupancy grid of one object over [-1, 1]^3.
 
     Attributes:
-        cells: Mask of the cells that contain a visible density, and of their neighbors.
+        cells: Mask of the cells that contain a density high enough to be visible, and of their neighbors.
     """
 
     cells: Bool[Tensor, "n n n"]
@@ -81,7 +81,7 @@ def measure_occupancy(
         field: Fields of B objects.
         index: Index of the object.
         cells: Number of cells along each axis.
-        min_density: Density per scene unit up to which a point counts as empty.
+        min_density: Maximum density of a point that counts as empty, per unit of length of the renderer.
     """
     visible = density_grid(field, index, _POINTS_PER_CELL * cells + 1) > min_density
     # Pool over the points of a cell, including points on its faces, with a margin of one cell on each side.
@@ -94,7 +94,7 @@ def measure_occupancy(
 def render_skipping(
     field: Field, occupancies: Sequence[Occupancy], bundle: RayBundle, march: RayMarching, chunk: int
 ) -> Rendering:
-    """Render rays through the field of each object, with samples at bin centers.
+    """Render rays through the field of each object without gradients, with samples at bin centers.
 
     Args:
         field: Fields of B objects.

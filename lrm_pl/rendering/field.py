@@ -24,7 +24,7 @@ class Field(Protocol):
         """Differentiable weights of the shared decoder."""
 
     def sample(self, planes: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Sample the features of one object at points."""
+        """Sample the features of one object at the given points."""
 
     def accumulate(
         self, total: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]

@@ -3,7 +3,7 @@
 ``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by the methods ``sample`` and
 ``decode`` of the field. The fused decoder processes compact tiles of pixels, so rays that miss the bounds stay in the
 grid and are masked. The outputs of the decoder take 16 bytes per sample. Up to 2 GB of outputs are saved for the
-backward pass, and the remaining outputs are recomputed, so that memory is bounded.
+backward pass, and the remaining outputs are recomputed, which bounds the memory usage.
 """
 
 from collections.abc import Callable
@@ -92,7 +92,7 @@ class PixelGrid(NamedTuple):
     """Layout of the rays of an object and their division into chunks.
 
     Attributes:
-        rows: Number N of pixel rows of all views.
+        rows: Number N of pixel rows in all views.
         columns: Number W of pixel columns.
         samples: Number of samples per ray.
         chunk: Maximum number of points decoded at a time. If None, the maximum is 2^21. A chunk contains at least 4
@@ -165,7 +165,7 @@ def render_fused(field: FusableField, rays: PixelRays, march: RayMarching) -> Re
 
     Returns:
         Pixels of shape (B, R). They are differentiable with respect to the planes and weights of the field, but not
-        the rays.
+        with respect to the rays.
     """
     saves = torch.is_grad_enabled()
     outputs = _Fused.apply(field, rays, march, saves, field.planes, *field.weights)

@@ -24,15 +24,15 @@ class Rendering:
 
     @classmethod
     def zeros(cls, shape: Sequence[int], like: Tensor) -> "Rendering":
-        """Return empty pixels of shape (*shape) with the same device and dtype as a tensor."""
+        """Return transparent pixels of shape (*shape) with the device and dtype of ``like``."""
         return cls(*(like.new_zeros(size) for size in ((*shape, 3), shape, shape)))
 
     def __setitem__(self, index: Any, pixels: "Rendering") -> None:  # noqa: ANN401 - an index of a tensor
-        """Assign pixels in place."""
+        """Assign pixels to an index in place."""
         self.rgb[index], self.opacity[index], self.depth[index] = pixels.rgb, pixels.opacity, pixels.depth
 
     def view(self, shape: Sequence[int]) -> "Rendering":
-        """Return the pixels with a different shape (*shape)."""
+        """Return a view of the pixels with shape (*shape)."""
         return Rendering(self.rgb.view(*shape, 3), self.opacity.view(*shape), self.depth.view(*shape))
 
     def over(self, background: Float[Tensor, "*#rays 3"]) -> Float[Tensor, "*rays 3"]:

@@ -45,8 +45,8 @@ def sample_importance(
         edges: Edges of the bins in ascending order.
         weights: Non-negative, unnormalized probability of each bin.
         samples: Number of samples per ray.
-        jitter: Position of the samples of each ray in [0, 1), relative to strata of equal probability. If None, the
-            probabilities are evenly spaced from 0 to 1 inclusive.
+        jitter: Position of the samples of each ray in strata of equal probability, in [0, 1). If None, the samples are
+            placed at evenly spaced quantiles from 0 to 1 inclusive.
 
     Returns:
         Distances of the samples along each ray, in ascending order.

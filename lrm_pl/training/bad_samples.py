@@ -1,4 +1,4 @@
-"""Monitoring of bad samples in training, with a limit on the fraction of bad samples.
+"""Monitoring of bad samples in training, with a limit on their fraction.
 
 A sample is bad if it cannot be read, violates the schema or is rejected by a stage of ``data.stages``. The dataset
 replaces it with the next valid sample of the same stream (``lrm_pl.data.order``). A truncated shard therefore neither
@@ -26,17 +26,17 @@ _MAX_LISTED = 20
 
 
 class BadSamplesError(InputError):
-    """The fraction of bad samples exceeds the limit."""
+    """Error raised if the fraction of bad samples exceeds the limit."""
 
 
 class BadSamples(L.Callback):
     """Count bad samples and compare their fraction with ``data.max_bad_fraction``.
 
-    The fraction refers to the samples that all ranks have read since the process started.
+    The fraction is computed over the samples that all ranks have read since the process started.
 
     Attributes:
-        error: Message that lists the bad samples, or None if the fraction is within the limit. The message is equal
-            on all ranks.
+        error: Message that lists the bad samples, or None if the fraction is within the limit. The message is the
+            same on all ranks.
     """
 
     def __init__(self) -> None:

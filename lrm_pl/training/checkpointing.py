@@ -1,4 +1,4 @@
-"""Saving of checkpoints, resumption from checkpoints, and early termination of a run.
+"""Callback that saves checkpoints, resumes runs from checkpoints and stops runs early.
 
 The checkpoint of a step is saved at the start of the first batch of the next step. At that time, the validation and
 the logging of the step are complete, so a resumed run repeats neither.
@@ -41,7 +41,7 @@ NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoppedError(InputError):
-    """A signal stopped the run before the last step. A checkpoint was saved, and the same command resumes the run."""
+    """Error raised after a signal has stopped the run early. A checkpoint was saved, and the run can be resumed."""
 
 
 @final
@@ -158,7 +158,7 @@ class CheckpointAndResume(L.Callback):
             raise InputError(
                 expected="one checkpoint to resume from",
                 found=f"ckpt_path {trainer.ckpt_path} and the checkpoint {found.path}",
-                remedy="omit ckpt_path, or set a different folder of CheckpointAndResume",
+                remedy="omit ckpt_path, or choose a different folder for CheckpointAndResume",
             )
         last = None if found is None else found.step
         self._retention = Retention(folder, last, self.keep, self.keep_every, self.monitor, self.mode)
@@ -247,7 +247,7 @@ class CheckpointAndResume(L.Callback):
             self.signals.restore()
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any rank has set it. This does not synchronize with an accelerator."""
+        """Return whether any rank has set each flag, without synchronizing with an accelerator."""
         values = torch.tensor(flags, dtype=torch.int32)
         if self._flag_group is not None:
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._flag_group)
@@ -267,12 +267,12 @@ class CheckpointAndResume(L.Callback):
         newest = f". {self._newest_message()}" if trainer.is_global_zero else ""
         remedy = "Free some space" if getattr(error, "errno", None) in NO_SPACE_ERRORS else "Fix the cause"
         return InputError(
-            f"A checkpoint could not be written to {self.folder} by step {step}: {cause}{newest}. "
+            f"A checkpoint could not be written to {self.folder} (detected at step {step}): {cause}{newest}. "
             f"{remedy} and run the same command again to resume"
         )
 
     def _run_error(self, trainer: L.Trainer, module: LRMModule, step: int) -> InputError | None:
-        """Return an error if the run has diverged or has too many bad samples."""
+        """Return an error if the run has diverged or has too many bad samples, or None otherwise."""
         if module.guard.exhausted:
             return DivergedError(self._divergence_message(trainer, module, step))
         bad = next((c.error for c in trainer.callbacks if isinstance(c, BadSamples)), None)  # type: ignore[attr-defined]
@@ -291,7 +291,7 @@ class CheckpointAndResume(L.Callback):
     # --- saving
 
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
-        """Copy the state and write it, in a background thread if ``background`` is set."""
+        """Copy the state and write a checkpoint, in the background if ``background`` is set."""
         self._join()
         with raise_on_all_ranks(trainer):
             if self.owner is not None:

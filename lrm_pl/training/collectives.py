@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def raise_on_all_ranks(trainer: L.Trainer) -> Iterator[None]:
-    """Raise an ``InputError`` or ``OSError`` that occurs on rank 0 as an ``InputError`` on all ranks."""
+    """Return a context that re-raises an ``InputError`` or ``OSError`` of rank 0 as an ``InputError`` on all ranks."""
     message = None
     try:
         yield
@@ -26,7 +26,7 @@ def raise_on_all_ranks(trainer: L.Trainer) -> Iterator[None]:
 
 
 def gather_objects(value: T, group: torch.distributed.ProcessGroup | None = None) -> list[T]:
-    """Return the objects of all ranks in the order of ranks. All ranks of the group must call this together."""
+    """Gather one object per rank and return them in rank order. All ranks of the group must call this together."""
     if not torch.distributed.is_initialized():
         return [value]
     values = [value] * torch.distributed.get_world_size(group)

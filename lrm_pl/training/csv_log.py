@@ -1,4 +1,4 @@
-"""A writer that appends to the metrics.csv of a resumed run.
+"""CSV writer that appends to the ``metrics.csv`` file of a resumed run.
 
 Lightning's writer deletes an existing file on construction, and rewrites the file in place when a metric is added.
 """
@@ -14,7 +14,7 @@ from lrm_pl.data.manifest import write_atomically
 
 
 class AppendingCSVWriter(ExperimentWriter):
-    """Append rows to an existing metrics.csv.
+    """Append rows to an existing ``metrics.csv`` file.
 
     Args:
         log_dir: Folder that contains the file.
@@ -26,7 +26,7 @@ class AppendingCSVWriter(ExperimentWriter):
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """Drop the rows of later steps. Lightning's implementation deletes the file."""
+        """Drop the rows of later steps from an existing file, which Lightning's implementation would delete."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
@@ -39,7 +39,7 @@ class AppendingCSVWriter(ExperimentWriter):
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the columns and rows of a metrics.csv. An incomplete last row is ignored."""
+    """Read the column names and rows of a ``metrics.csv`` file. An incomplete last row is ignored."""
     with open(path, newline="", encoding="utf-8") as file:
         lines = file.read().splitlines(keepends=True)
     reader = csv.DictReader(line for line in lines if line.endswith("\n"))
@@ -48,7 +48,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> None:
-    """Write a metrics.csv atomically."""
+    """Write a ``metrics.csv`` file atomically."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(columns))
     writer.writeheader()

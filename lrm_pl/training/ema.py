@@ -94,7 +94,7 @@ class WeightAverage(L.Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exchange the weights and the average."""
+        """Swap the weights and the average if validation uses the average."""
         if not (self.validate and self.average):
             return
         assert isinstance(pl_module, LRMModule)

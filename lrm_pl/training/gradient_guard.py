@@ -1,7 +1,7 @@
-"""Skipping of optimizer steps whose gradient is not finite or too large.
+"""Gradient guard, which skips optimizer steps whose gradient is not finite or too large.
 
-The decision depends on the norm of the gradient that is reduced over ranks, so it is equal on all ranks. The
-decision is made and applied on the device of the gradient, and is copied to the host asynchronously.
+The decision is based on the norm of the gradient after reduction over ranks, so it is the same on all ranks. It is made
+and applied on the device of the gradient, and copied to the host asynchronously.
 """
 
 import dataclasses
@@ -17,18 +17,21 @@ from lrm_pl.kernels.device import HostCopy
 
 
 class DivergedError(InputError):
-    """Too many consecutive steps were skipped. The state before these steps was saved."""
+    """Exception that is raised if too many consecutive steps were skipped. The state before these steps was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Criteria for skipping a step. A skipped step counts as a step, but does not change weights, moments or averages.
+    """Criteria for skipping an optimizer step.
+
+    A skipped step is counted, but it does not change weights, the optimizer state or the moving average of the weights.
 
     Attributes:
         patience: Number of consecutive skipped steps after which the run stops.
-        spike: Ratio of the gradient norm to the running median above which a step is skipped. If None, only steps
-            with a gradient that is not finite are skipped.
-        window: Number of accepted steps in the running median. Until this number is reached, ``spike`` has no effect.
+        spike: Maximum ratio of the gradient norm to the running median of the norms of accepted steps. A step with a
+            larger ratio is skipped. If None, only steps with a gradient that is not finite are skipped.
+        window: Number of accepted steps over which the median is computed. ``spike`` has no effect until this number of
+            steps has been accepted.
     """
 
     patience: int = 10
@@ -36,7 +39,7 @@ class GuardConfig:
     window: int = 100
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Check that the values are in the supported ranges."""
         if self.patience < 1 or self.window < 1 or (self.spike is not None and self.spike <= 1):
             raise InputError(expected="patience and window of at least 1 and a spike above 1", found=self)
 
@@ -48,8 +51,8 @@ class GradientGuard:
     ``exhausted`` waits only if the newest step can exhaust the patience.
 
     Attributes:
-        skip: () 1 if the newest step is skipped, else 0, on the device of the gradient.
-        num_skipped: () number of skipped steps including the newest step, on the device of the gradient.
+        skip: Scalar tensor on the device of the gradient, which is 1 if the newest step is skipped and 0 otherwise.
+        num_skipped: Scalar tensor on the device of the gradient with the number of steps skipped so far.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -57,7 +60,7 @@ class GradientGuard:
         self.load_state({"skipped": 0, "consecutive": 0, "norms": []})
 
     def load_state(self, state: dict[str, int | list[float]]) -> None:
-        """Restore a state. If the patience was exhausted, reset the count and the median."""
+        """Restore a state. If the patience was exhausted, reset the number of consecutive skips and the median."""
         assert isinstance(state["skipped"], int)
         assert isinstance(state["consecutive"], int)
         assert isinstance(state["norms"], list)
@@ -115,11 +118,11 @@ class GradientGuard:
 
     @property
     def remedy(self) -> str:
-        """Description of an alternative to a lower learning rate, for error messages."""
+        """Suggested alternative to lowering the learning rate, for error messages."""
         return "train in 32-true" if not math.isfinite(self.last) else "raise --model.guard.spike"
 
     def state(self) -> dict[str, int | list[float]]:
-        """Return the state as values that JSON supports."""
+        """Return the state as a JSON-serializable dictionary."""
         skipped, consecutive, _, _, *norms = self._reports[-1].numbers()
         return {
             "skipped": int(skipped),

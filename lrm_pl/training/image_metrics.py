@@ -34,8 +34,8 @@ class ImageMetricsLogger(L.Callback):
         if self.perceptual is None and not self._logged and trainer.is_global_zero:
             self._logged = True
             logger.info(
-                "Validation measures PSNR and SSIM. For LPIPS, add an ImageMetricsLogger with "
-                'perceptual = pretrained_perceptual_loss("alex") to the callbacks'
+                "Validation measures PSNR and SSIM. For LPIPS, add an ImageMetricsLogger to the callbacks and set its "
+                'attribute perceptual to pretrained_perceptual_loss("alex")'
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,7 +53,7 @@ class ImageMetricsLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the metrics with the samples in a batch that have a nonzero weight."""
+        """Update the metrics with the samples of a batch that have a nonzero weight."""
         # One device synchronization, instead of one per boolean mask.
         real = batch.weight.nonzero().squeeze(-1)
         if len(real):
@@ -73,7 +73,7 @@ class ImageMetricsLogger(L.Callback):
             except NotFiniteError as error:  # the gradient guard stops the run if needed
                 if trainer.is_global_zero:
                     logger.warning(
-                        "The metrics of %s at step %d are NaN: %s", name, trainer.global_step, error
+                        "The metrics of the %s set at step %d are NaN: %s", name, trainer.global_step, error
                     )
             for key in ("psnr", "psnr_pooled", "ssim", *(["lpips"] if self.perceptual is not None else [])):
                 value = math.nan if result is None else getattr(result, key)

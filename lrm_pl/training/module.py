@@ -1,4 +1,4 @@
-"""The LightningModule with training, validation and prediction steps, the optimizer and logging of losses."""
+"""LightningModule that defines the training, validation, test and prediction steps and configures the optimizer."""
 
 import dataclasses
 import logging
@@ -87,8 +87,8 @@ class LRMModule(L.LightningModule):
         """Check the settings of the trainer, and load the LPIPS network if the objective needs it.
 
         Raises:
-            InputError: A setting is not supported, trainable parameters have no optimizer, or the weights of LPIPS are
-                not available.
+            InputError: A setting is not supported, a trainable parameter is not part of the network, or the weights of
+                LPIPS are not available.
         """
         require_supported_settings(self.trainer)
         require_optimized_parameters(self, self.lrm)
@@ -118,8 +118,7 @@ class LRMModule(L.LightningModule):
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
                 "The encoder %s starts from random weights. To load pretrained weights, call "
-                "encoder.load_pretrained(load_encoder_state(...)), with load_encoder_state "
-                "from lrm_pl.weights.encoders",
+                "encoder.load_pretrained(lrm_pl.weights.encoders.load_encoder_state(...))",
                 self.lrm.encoder.name,
             )
 
@@ -129,7 +128,7 @@ class LRMModule(L.LightningModule):
 
         Args:
             checkpoint_path: Path of a file written by ``Trainer.save_checkpoint``.
-            options: Arguments of this class and of ``LightningModule.load_from_checkpoint``. The arguments ``lrm``,
+            **options: Arguments of this class and of ``LightningModule.load_from_checkpoint``. The arguments ``lrm``,
                 ``renderer`` and ``objective`` are required.
 
         Raises:
@@ -147,7 +146,9 @@ class LRMModule(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, **options)
 
     def configure_model(self) -> None:
-        """Prepare the blocks, and shard the network if the strategy has a device mesh. Repeated calls have no effect.
+        """Apply activation checkpointing and compilation, and shard the network if the strategy has a device mesh.
+
+        Repeated calls have no effect.
 
         Raises:
             InputError: The precision does not support sharding, or the weights differ between ranks.
@@ -197,7 +198,7 @@ class LRMModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate, and log it with the loss terms, averaged over accumulated batches and ranks."""
+        """Set the learning rate, and log it and the loss terms (averaged over accumulated batches and ranks)."""
         rate = self._set_learning_rate(optimizer)
         terms, self._terms = self._terms, []
         log_global_step(self, self.global_step + 1)  # Lightning's ModelCheckpoint needs it in every step
@@ -230,7 +231,7 @@ class LRMModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient by its norm or skip the step, without synchronizing with the device."""
+        """Clip the gradient by its norm, or skip the step if the gradient guard rejects the gradient."""
         access = state_access(self.trainer, self.lrm)
         norm = access.gradient_norm()
         access.clip_or_skip(norm, gradient_clip_val, self.guard.check(norm))
@@ -264,7 +265,11 @@ class LRMModule(L.LightningModule):
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create AdamW. It is not fused if a GradScaler is used, because Lightning could not clip the gradient."""
+        """Create the AdamW optimizer.
+
+        The fused implementation is not used with a GradScaler, because Lightning does not support gradient clipping
+        for this combination.
+        """
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return self.optimizer.build(self.lrm, fused=not scaled)
 

@@ -1,4 +1,4 @@
-"""AdamW without weight decay of norms, biases and embeddings, and a schedule with linear warm-up and cosine decay.
+"""AdamW without weight decay for norms, biases and embeddings, and a schedule with linear warm-up and cosine decay.
 
 The learning rate is a function of the step and the length of the run. The schedule has no state, so a run that is
 resumed with a different length follows the new schedule.
@@ -27,7 +27,7 @@ class OptimizerConfig:
         betas: Decay rates of the moment estimates.
         weight_decay: Weight decay of linear and convolution weights. It does not apply to norms, biases and embeddings.
         warmup: Number of warm-up steps as a fraction of all steps. The paper uses 3000 steps, a fraction of 0.07.
-        final_lr: Learning rate of the last step as a fraction of the peak learning rate.
+        final_lr: Learning rate at the end of the run as a fraction of the peak learning rate.
         layer_decay: Ratio of the learning rates of consecutive blocks for fine-tuning (BEiT, A.2). Each block has
             ``layer_decay`` times the learning rate of the next block, from the last transformer block to the first
             encoder block.
@@ -41,7 +41,7 @@ class OptimizerConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Check that the values are in the supported ranges."""
         rules = {
             "lr of at least 0": self.lr >= 0,
             "betas in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
@@ -53,7 +53,7 @@ class OptimizerConfig:
         require_rules(self, "model.optimizer", rules)  # NaN meets no rule
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
-        """Create the optimizer. The learning rate of a parameter group is multiplied by the key ``lr_scale``.
+        """Create the optimizer. ``LRMModule`` multiplies the learning rate of a parameter group by its ``lr_scale``.
 
         Args:
             model: The network to optimize.
@@ -89,7 +89,7 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
 
 
 def layer_lr_scales(lrm: LRM, decay: float) -> dict[int, float]:
-    """Return a mapping from the ``id`` of each parameter to a scale of the learning rate for layer-wise decay."""
+    """Return a mapping from the ``id`` of a parameter to its learning rate scale for layer-wise decay."""
     blocks = network_blocks(lrm)
     scales = {
         id(p): decay ** (len(blocks) - number)
@@ -116,7 +116,7 @@ def parameter_groups(
     Args:
         model: The module to optimize.
         weight_decay: Weight decay of linear and convolution weights.
-        lr_scales: Mapping from the ``id`` of a parameter to a scale of the learning rate. The default scale is 1.
+        lr_scales: Mapping from the ``id`` of a parameter to its learning rate scale. The default scale is 1.
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}

@@ -21,13 +21,13 @@ from lrm_pl.models.lrm import LRM
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """Settings of activation checkpointing and compilation of blocks.
+    """Settings for activation checkpointing and compilation of blocks.
 
     Attributes:
         activation_checkpointing_every: Interval between blocks whose activations are checkpointed. With 1, all blocks
             are checkpointed. With 0, no block is checkpointed.
-        recompute_mlp: Whether to checkpoint the activations of the MLPs of transformer blocks. This reduces the memory
-            by a third and increases the time of a step by 5 %.
+        recompute_mlp: Whether to checkpoint the activations of the MLPs of transformer blocks. This reduces memory
+            usage by a third and increases the time per step by 5%.
         compile: Whether to compile each block with ``torch.compile``. The first step then takes minutes, and later
             steps are faster.
     """
@@ -37,7 +37,7 @@ class ParallelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Validate the ranges."""
+        """Check that the values are in the supported ranges."""
         if self.activation_checkpointing_every < 0:
             raise InputError(
                 expected="activation_checkpointing_every of 0 or more",
@@ -85,8 +85,8 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
     Args:
         lrm: The network, with equal weights on all ranks.
         mesh: A 1-D mesh to shard over, or a 2-D mesh to replicate over the first dimension and shard over the second.
-        block_dtype: Data type in which blocks are gathered and computed. If None, float32. Modules outside of blocks
-            and norms are always computed in float32.
+        block_dtype: Data type in which blocks are gathered and computed. If None, float32. Norms and modules outside
+            of blocks are always computed in float32.
     """
     # FSDP's cast of inputs would round poses and intrinsics. Autocast casts selectively.
     policy = MixedPrecisionPolicy(
@@ -106,7 +106,10 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """Return the placement of tokens and embeddings (1, N, D), which are sharded along N or D to avoid padding."""
+    """Return the placement of a parameter, or None for the default placement (sharding along dimension 0).
+
+    Parameters of shape (1, N, D), such as tokens and embeddings, are sharded along N or D to avoid padding.
+    """
     if parameter.shape[0] >= shards:
         return None
     return next((Shard(d) for d, size in enumerate(parameter.shape) if size % shards == 0), None)

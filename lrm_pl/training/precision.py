@@ -16,7 +16,9 @@ _SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def require_supported_precision(precision: str) -> str:
-    """Check that a precision stores weights in float32, which cameras and compositing require.
+    """Check that a precision is supported.
+
+    Cameras and compositing require float32, so precisions that store weights in a lower precision are not supported.
 
     Args:
         precision: Value of ``trainer.precision``.

@@ -22,8 +22,9 @@ _GLOO_RELEASE_S = 0.2
 def is_srun_task() -> bool:
     """Return whether this process is a task started by Slurm's srun.
 
-    A notebook in an allocation and a shell started by ``srun --pty`` are not tasks. Such a shell has the environment
-    variables of a task, which nested srun tasks inherit, but only the shell has a terminal.
+    Notebooks in an allocation and shells started by ``srun --pty`` are not considered tasks. Such a shell has the
+    environment variables of a task, and tasks started from the shell inherit these variables. Only the shell has a
+    terminal.
     """
     return "SLURM_STEP_NUM_TASKS" in os.environ and not ("SLURM_PTY_PORT" in os.environ and _has_terminal())
 
@@ -76,7 +77,7 @@ def _has_terminal() -> bool:
 
 
 def launch_processes(count: int, arguments: Sequence[str]) -> NoReturn:
-    """Run ``python -m lrm_pl ARGUMENTS`` in local processes and exit this process afterwards.
+    """Run ``python -m lrm_pl ARGUMENTS`` in several local processes, and exit when they have ended.
 
     The exit status is 0 if all processes succeed, and otherwise the exit status of the first process that fails.
 
@@ -115,12 +116,12 @@ def launch_processes(count: int, arguments: Sequence[str]) -> NoReturn:
 
 
 def wait_for_gloo_threads() -> None:
-    """Wait until gloo's threads have released the tensors of the last collectives. Register this with ``atexit``.
+    """Wait for gloo's threads to release the tensors of the last collectives. Register this with ``atexit``.
 
     A thread that releases a tensor while the interpreter shuts down is terminated inside a C++ destructor, which
-    aborts the process with SIGABRT ("terminate called without an active exception"). Without this wait, programs that
-    exit directly after a collective aborted in 8 of 40 runs. Destroying the process groups does not join the threads
-    while a device mesh refers to the groups (https://github.com/pytorch/pytorch/issues/190489).
+    aborts the process with SIGABRT ("terminate called without an active exception"). In a test without this wait,
+    8 of 40 programs that exited directly after a collective were aborted. Destroying the process groups does not join
+    the threads while a device mesh refers to the groups (https://github.com/pytorch/pytorch/issues/190489).
     """
     import torch
 

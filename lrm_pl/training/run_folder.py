@@ -1,4 +1,4 @@
-"""The folder of a run, with functions for the path, the lock and the log files."""
+"""Functions and classes for the folder of a run, including its path, lock and log files."""
 
 import argparse
 import dataclasses
@@ -23,9 +23,9 @@ LOCK_NAME = ".lock"
 
 
 class RunLock:
-    """An exclusive lock of the folder of a run, released when the object is deleted or the process ends.
+    """Exclusive lock on the folder of a run, which is released when the object is deleted or the process ends.
 
-    The lock is a POSIX lock instead of ``flock``. Child processes do not inherit POSIX locks, so data workers that
+    A POSIX lock is used instead of ``flock``. Child processes do not inherit POSIX locks, so data workers that
     outlive a killed process do not block the next run. POSIX locks also work across nodes on network file systems.
 
     Args:
@@ -50,7 +50,7 @@ class RunLock:
 
 @dataclasses.dataclass
 class RunConfig:
-    """Folder, resumption and profiling of a run.
+    """Settings for the folder, resumption and profiling of a run.
 
     Attributes:
         folder: Folder of the run. A run that is started again with the same folder is resumed. If None, a new folder
@@ -59,7 +59,7 @@ class RunConfig:
             or starts from the first step if there are no checkpoints. With "never", the run starts from the first step
             and a folder with checkpoints is rejected. With the path of a checkpoint or of a different run, a new run
             starts from that checkpoint or from the newest checkpoint of that run. A run that already has checkpoints
-            resumes from them.
+            resumes from its own checkpoints.
         profile: Number of steps to trace after five warm-up steps. Traces are written to ``profile`` in the folder. If
             0, profiling is disabled.
     """
@@ -116,7 +116,7 @@ def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN40
 
 
 def new_run_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
-    """Return a new folder for a run, or None if the first logger creates a folder.
+    """Return a new folder for a run, or None if the first logger chooses the folder.
 
     Args:
         loggers: ``trainer.logger`` of the config.

@@ -1,4 +1,4 @@
-"""The state of a run in a checkpoint (tensors, data position, gradient guard, gradient scaler and callbacks)."""
+"""Saving and restoring a run (tensors, data position, gradient guard, gradient scaler and callbacks)."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]
 
 
 def run_metadata(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
-    """Return the state after ``step`` steps except for tensors, as JSON values that are equal on all ranks."""
+    """Return the non-tensor state after ``step`` steps, which is JSON-serializable and equal on all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
         "position": require_data_module(trainer).position(step),
@@ -117,9 +117,9 @@ _TENSOR = "__tensor__"
 
 
 def callback_states(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the states of callbacks (``Callback.state_dict``) as values that JSON supports.
+    """Return the states of callbacks (``Callback.state_dict``) as JSON-serializable values.
 
-    A warning is logged for each callback whose state has unsupported types. These states are omitted.
+    States that contain unsupported types are omitted with a warning.
     """
     states = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ StateTensor = Tensor | FlatShard
 
 
 def full_tensor(tensor: StateTensor) -> Tensor:
-    """Return the full tensor of a tensor that may be sharded. All ranks must call this together."""
+    """Return the full tensor, which is gathered first if it is sharded. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, FlatShard | DTensor) else tensor
 
 
@@ -98,7 +98,7 @@ class StateAccess:
         return tensors
 
     def apply_changes(self) -> None:
-        """Apply in-place changes of the returned tensors to the network. All ranks must call this together."""
+        """Update the network after in-place changes to the returned tensors. All ranks must call this together."""
 
     def gradient_norm(self) -> Tensor:
         """Return the 2-norm of the full gradient, a scalar that is equal on all ranks."""
@@ -111,9 +111,9 @@ class StateAccess:
         This does not synchronize with the device if the optimizer is fused.
 
         Args:
-            norm: () norm of the gradient.
+            norm: Norm of the gradient as a scalar tensor.
             limit: Maximum norm. If None or 0, the gradient is not clipped.
-            skip: () 1 if the step must be skipped, else 0.
+            skip: Scalar tensor, which is 1 if the step must be skipped and 0 otherwise.
         """
         if limit:
             torch.nn.utils.clip_grads_with_norm_(self._parameters(), limit, norm)
@@ -129,14 +129,14 @@ class StateAccess:
 
 @runtime_checkable
 class ProvidesStateAccess(Protocol):
-    """Protocol of strategies that provide a subclass of ``StateAccess``."""
+    """Protocol for strategies that provide a subclass of ``StateAccess``."""
 
     def state_access(self, lrm: nn.Module) -> StateAccess:
-        """Return an object that accesses the state of a run."""
+        """Return the ``StateAccess`` of this strategy."""
 
 
 def state_access(trainer: L.Trainer, lrm: nn.Module) -> StateAccess:
-    """Return an object that accesses the state of a run, depending on the strategy of the trainer."""
+    """Return the ``StateAccess`` of the strategy of a trainer."""
     if isinstance(trainer.strategy, ProvidesStateAccess):
         return trainer.strategy.state_access(lrm)
     return StateAccess(lrm, trainer.optimizers[0])
@@ -154,7 +154,7 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 class Snapshots:
-    """Copy the state to the CPU, so that training continues while a checkpoint is written.
+    """Copy the state to the CPU, so that training can continue while a checkpoint is written.
 
     On an accelerator, tensors are copied on a separate stream into pinned buffers, which the next copy reuses.
 
@@ -175,7 +175,7 @@ class Snapshots:
         the state. Do not call this method again until the copies are complete and written.
 
         Args:
-            state: Mapping from name to tensor. Tensors are gathered and copied one by one to limit the GPU memory.
+            state: Mapping from name to tensor. Tensors are gathered and copied one at a time to limit GPU memory usage.
             sharded: Whether to copy the local shards of DTensors instead of full tensors.
             keep: Whether this rank keeps the copies. Ranks that do not keep them still participate in gathering.
         """
@@ -199,7 +199,7 @@ class Snapshots:
 
 
 def read_state(checkpoint: Checkpoint, state: Mapping[str, StateTensor]) -> None:
-    """Fill a state in place from a checkpoint. All ranks must call this together.
+    """Read a checkpoint into the existing tensors of a state. All ranks must call this together.
 
     For flat shards, each rank temporarily holds the full tensors on the CPU.
 

@@ -73,7 +73,7 @@ class StopSignals:
         os.write(self._write_end, bytes([number]))
 
     def _handle(self) -> None:
-        """Log a message after SIGINT, and create the file that requests requeueing after SIGUSR1, in the thread."""
+        """Log a message after SIGINT, and create the requeue file after SIGUSR1. This runs in the thread."""
         while (byte := os.read(self._read_end, 1)) != _END:
             if byte[0] == signal.SIGINT:
                 logger.warning(

@@ -1,4 +1,4 @@
-"""Selection of the steps that are logged, and their position on the x-axis of loggers."""
+"""Functions that select the steps to log, and that log the step as the x-axis of other values."""
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ def is_logged_step(trainer: L.Trainer, step: int) -> bool:
 def log_global_step(module: L.LightningModule, step: int) -> None:
     """Log the number of completed optimizer steps as the x-axis of other values.
 
-    Lightning uses the logged value "step" instead of an internal counter, which is lower by 1.
+    Lightning uses the logged value "step" as the x-axis instead of an internal counter, which is smaller by 1.
 
     Args:
         module: The module that logs the values.

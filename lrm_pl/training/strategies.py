@@ -16,8 +16,8 @@ from lrm_pl.training.sharded_state import ProvidesStateAccess
 def require_supported_strategy_name(name: str) -> None:
     """Reject the name of a Lightning strategy that this package replaces.
 
-    Lightning's FSDP and DeepSpeed strategies round cameras to bfloat16, and store weights and gradients in a form that
-    checkpoints and the gradient guard do not support.
+    With bfloat16 precision, Lightning's FSDP and DeepSpeed strategies round cameras. They also store weights and
+    gradients in a form that checkpoints and the gradient guard do not support.
 
     Args:
         name: Value of ``trainer.strategy``, either a registered name such as "fsdp" or the name of a class.
@@ -30,7 +30,7 @@ def require_supported_strategy_name(name: str) -> None:
     if match is not None and module.partition(".")[0] in ("", "lightning", "pytorch_lightning"):
         config = "fsdp2" if match[1] == "fsdp" else f"deepspeed_{match[2] or 2}"
         raise InputError(
-            expected="a strategy that supports checkpoints and gradient checks",
+            expected="a strategy that supports checkpoints and the gradient guard",
             found=name,
             remedy=f"use -c configs/trainer/{config}.yaml",
         )
@@ -39,7 +39,7 @@ def require_supported_strategy_name(name: str) -> None:
 
 
 def require_supported_start_method(method: str | None) -> None:
-    """Reject start methods that fork or spawn processes, because these processes end before the report is written.
+    """Reject start methods that fork or spawn processes, which would end before the report of the run is written.
 
     Args:
         method: ``start_method`` of a DDP strategy. If None, the default start method is used.

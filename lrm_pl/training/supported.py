@@ -68,16 +68,16 @@ _REMEDIES = {
 def require_rules(
     owner: object, section: str, rules: Mapping[str, bool], remedies: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Check the values of settings.
+    """Check that settings satisfy a set of rules.
 
     Args:
         owner: Object whose attributes are the settings.
         section: Prefix of the settings in the config.
-        rules: Mapping from a rule to whether it is met. A rule begins with the name of a setting.
+        rules: Mapping from a rule to whether it is satisfied. A rule begins with the name of a setting.
         remedies: Mapping from the name of a setting to a remedy. The default remedy is to correct or omit it.
 
     Raises:
-        InputError: A rule is not met.
+        InputError: A rule is not satisfied.
     """
     for rule, holds in rules.items():
         if not holds:
@@ -93,8 +93,8 @@ def require_supported_settings(trainer: Any) -> None:  # noqa: ANN401 - Lightnin
     """Reject unsupported settings of a trainer.
 
     Raises:
-        InputError: The strategy, the precision, a callback or a different setting is not supported. The message names
-            an alternative.
+        InputError: The strategy, the precision, a callback or another setting is not supported. The message suggests an
+            alternative.
     """
     require_supported_strategy(trainer.strategy)
     require_supported_precision(str(trainer.precision))
@@ -117,7 +117,7 @@ def require_supported_settings(trainer: Any) -> None:  # noqa: ANN401 - Lightnin
     if interval is None or (isinstance(interval, int) and (interval < 1 or interval % accumulate)):
         multiple = max(1, -(-(interval or 1) // accumulate)) * accumulate
         raise InputError(
-            expected=f"trainer.val_check_interval as a positive multiple of accumulate_grad_batches {accumulate}",
+            expected=f"trainer.val_check_interval to be a positive multiple of accumulate_grad_batches {accumulate}",
             found="a duration" if interval is None else interval,
             remedy=(
                 f"use --trainer.val_check_interval {multiple}, or --trainer.limit_val_batches 0 to disable "
@@ -127,7 +127,7 @@ def require_supported_settings(trainer: Any) -> None:  # noqa: ANN401 - Lightnin
 
 
 def require_supported_length(trainer: Any) -> None:  # noqa: ANN401 - Lightning does not declare all attributes
-    """Check that the length of a run is given only by a maximum number of steps.
+    """Check that the length of a run is determined only by the maximum number of steps.
 
     Raises:
         InputError: The trainer has a maximum number of epochs, a minimum length, or a validation interval in epochs.

@@ -59,7 +59,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: L.LightningModule, *_: object, **__: object
     ) -> None:
-        """Run the backward pass without scaling, because Lightning scales the loss for gradient accumulation."""
+        """Run the backward pass without scaling, because Lightning already scales the loss for accumulation."""
         super().backward(tensor, model, None, scale_wrt_gas=False)
 
     def optimizer_step(  # type: ignore[override]
@@ -107,7 +107,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def precision_plugin(self) -> Precision:
-        """The precision plugin."""
+        """Precision plugin of the strategy, which is a ``ZeroPrecision`` or the default plugin."""
         return self._precision_plugin or Precision()
 
     @precision_plugin.setter
@@ -125,7 +125,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this process with an index, which DeepSpeed also requires on CPUs."""
+        """Device of this process. It includes an index, which DeepSpeed requires even on CPUs."""
         return with_index(super().root_device)
 
     def setup_environment(self) -> None:
@@ -158,7 +158,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         yield
 
     def init_deepspeed(self) -> None:
-        """Create the engine for training. For evaluation, move the full network to the device of each rank."""
+        """Create the DeepSpeed engine for training. For evaluation, move the full network to this rank's device."""
         assert isinstance(self.lightning_module, LRMModule)
         trainer = self.lightning_module.trainer
         if not trainer.training:
@@ -183,7 +183,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._initialize_deepspeed_train(self.lightning_module)
 
     def state_access(self, lrm: nn.Module) -> StateAccess:
-        """Return an object that accesses weights, optimizer state and gradients."""
+        """Return the ``StateAccess`` of this strategy."""
         return ZeroStateAccess(lrm, self.deepspeed_engine.optimizer)
 
     def on_train_end(self) -> None:
@@ -241,7 +241,7 @@ class ZeroStateAccess(StateAccess):
         return tensors
 
     def apply_changes(self) -> None:
-        """Apply in-place changes of the returned tensors to the network. All ranks must call this together."""
+        """Update the network after in-place changes to the returned tensors. All ranks must call this together."""
         if self._full_weights:
             self.optimizer.update_lp_params()
             return
@@ -269,12 +269,12 @@ class ZeroStateAccess(StateAccess):
         return [gradient for partition in partitions for gradient in partition or ()]
 
     def _trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield the name, the parameter and the flat float32 weights of the parameter group on this rank."""
+        """Yield each trainable parameter with its name and this rank's flat float32 weights of its group."""
         flats = {id(p): flat for group, flat in zip(self._groups, self._flats, strict=True) for p in group}
         return ((name, p, flats[id(p)]) for name, p in self.lrm.named_parameters() if p.requires_grad)
 
     def _shard(self, parameter: Any, values: Tensor) -> FlatShard:  # noqa: ANN401 - DeepSpeed's attributes
-        """Return the shard of a parameter in ``values``, which has the layout of the flat weights of the group."""
+        """Return the shard of a parameter in ``values``, which has the same layout as the flat weights of the group."""
         values = values.detach()
         if not self._full_weights:
             _, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]

@@ -1,1 +1,1 @@
-"""Functions that find, download, verify, read and convert pretrained weights of other projects."""
+"""Functions that find, download, verify, read and convert pretrained weights from other projects."""

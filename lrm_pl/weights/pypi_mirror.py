@@ -160,7 +160,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Unpickler that is restricted to containers, numbers, strings and numpy arrays."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:  # noqa: ANN401 - pickle's signature
-        """Return an allowed global.
+        """Return a global if it is allowed.
 
         Raises:
             pickle.UnpicklingError: The global is not allowed.

@@ -50,7 +50,7 @@ class ResolvedWeights:
         path: Path of the file.
         sha256: Verified SHA-256 of the file.
         file: Entry of the file in the catalog, or None if the file is not in the catalog.
-        found_in: Place where the file was found, which is "path", "cache" or "download".
+        found_in: Origin of the file, which is "path" (a file specified by the user), "cache" or "download".
     """
 
     name: WeightName

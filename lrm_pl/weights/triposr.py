@@ -92,7 +92,7 @@ def convert_triposr(
         hyperparameters: Hyperparameters that cannot be determined from the tensors.
 
     Raises:
-        ConversionError: A tensor is missing, unexpected or invalid, or a hyperparameter must be given.
+        ConversionError: A tensor is missing, unexpected or invalid, or a number of heads does not divide the width.
     """
     keys = KeyMapper("TripoSR", state)
     side = keys.shape_of("tokenizer.embeddings", 4)[2]

@@ -90,8 +90,8 @@ def test_a_row_without_a_mesh_is_reported(tmp_path, capsys):
     touch(tmp_path, "a.glb", "b.obj")
     (tmp_path / "assets.csv").write_text(HEADER + "b.obj,Chair,Ann,library,CC0-1.0,\na,A,,,,\n")
     assert [asset.name for asset in find_assets(tmp_path)] == ["A", "b"]
-    assert "has 1 row with an id that no mesh has" in (said := capsys.readouterr().err)
-    assert "for example 'b.obj'. An example of a valid id is 'a'" in said
+    assert "has 1 row whose id does not match any mesh" in (said := capsys.readouterr().err)
+    assert "for example, 'b.obj'. An example of a valid id is 'a'" in said
 
 
 def test_the_objects_with_the_smallest_hashes_are_held_out():

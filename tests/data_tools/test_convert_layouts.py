@@ -59,7 +59,7 @@ def test_an_object_without_its_first_view_is_reported(layout, tmp_path):
         path.unlink()
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a", "c"}
     assert (
-        f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}"
+        f"expected {VIEWS} views of 32 x 32 pixels, as for most objects, but found {VIEWS - 1}"
         in reasons(tmp_path / "out")["b"]
     )
 

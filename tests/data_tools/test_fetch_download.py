@@ -106,12 +106,12 @@ def test_a_file_with_an_outdated_hash_is_replaced(web_server, tmp_path):
         ("a.glb", b"<!DOCTYPE html><title>Too many requests</title>", "'<!DOCTYPE html><title>Too many"),
         ("a.obj", b"<?xml version='1.0'?><Error/>", r"<\?xml version="),
         ("a.obj", b'{"errcode": 3000}', "'{\"errcode\": 3000}'"),
-        ("a.gltf", b'{"error": "gone"}', "JSON without an asset .*gone"),
+        ("a.gltf", b'{"error": "gone"}', "gone.* and has no asset field"),
         ("a.ply", b"solid cube", "'solid cube'"),
         ("a.fbx", b"\x89PNG", "PNG"),
         ("a.zip", b"<html>", "'<html>'"),
         ("a.json.gz", b"version https://git-lfs.github.com/spec/v1", "'version https://git-lfs"),
-        ("a.glb", b"", "nothing, because it is empty"),
+        ("a.glb", b"", "an empty file"),
     ],
 )
 def test_an_error_page_in_place_of_a_file_is_rejected(web_server, tmp_path, name, content, begins):

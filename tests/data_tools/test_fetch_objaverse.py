@@ -163,9 +163,7 @@ def test_the_error_for_an_unknown_name_suggests_similar_names(objaverse, tmp_pat
 
 def test_a_selection_of_objects_is_required(objaverse, tmp_path, capsys):
     assert main(["fetch", "objaverse", "--out", str(tmp_path), "--base", objaverse.url]) == 1
-    assert (
-        "expected uids or categories (the complete data set has a size of 8.9 TB)" in capsys.readouterr().err
-    )
+    assert "expected uids or categories (the complete data set is 8.9 TB)" in capsys.readouterr().err
     uids = tmp_path / "uids.txt"
     uids.write_text(f"{FISH}\n{TABLE}\n")
     out = ["--out", str(tmp_path / "out"), "--base", objaverse.url]

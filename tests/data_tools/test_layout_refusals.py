@@ -52,7 +52,7 @@ def bad_objects(root, layout):
         ("huge-image", "at most 4096 pixels per side, but found"),
         (
             "missing-image",
-            f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}",
+            f"expected {VIEWS} views of 32 x 32 pixels, as for most objects, but found {VIEWS - 1}",
         ),
         ("other-size", "as most objects have, but found 6 views of 64 x 64 pixels"),
         ("opaque-image", "expected RGBA views, but found mode RGB"),

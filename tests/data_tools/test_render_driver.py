@@ -299,7 +299,7 @@ def test_blender_is_started_again_if_it_crashes_during_the_start(assets, tmp_pat
 def test_an_unavailable_network_raises_an_error_and_records_no_failures(assets, tmp_path):
     for name in "abcdef":
         (assets / f"{name}.glb").write_text("unreachable")
-    with pytest.raises(InputError, match=r"5 consecutive download failures: .*Run the same command again"):
+    with pytest.raises(InputError, match=r"5 consecutive download failures: .*run the same command again"):
         run(assets, tmp_path / "out")
     assert shard_folder.read_failures(tmp_path / "out") == {}
     (assets / "mended").touch()

@@ -257,7 +257,7 @@ def test_a_failed_mesh_can_be_corrected_or_removed(assets, tmp_path, rendered_id
 
 def test_removed_and_changed_list_entries_of_rendered_assets_raise_an_error(assets, out, tmp_path):
     (assets / "a.glb").rename(tmp_path / "a.glb")
-    with pytest.raises(InputError, match=r"found no 'a'. Restore the meshes in .* `merge`"):
+    with pytest.raises(InputError, match=r"found no entry for 'a'. Restore the meshes in .* `merge`"):
         run(assets, out)
     (tmp_path / "a.glb").rename(assets / "a.glb")
     header = "id,name,creator,source,license,sha256,up\n"

@@ -98,9 +98,9 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("views", "8", "found the value '8' of views"),
-        ("failures", None, "found the value None of failures"),
-        ("render", [1], r"found the value \[1\] of render"),
+        ("views", "8", "found the value '8' for views"),
+        ("failures", None, "found the value None for failures"),
+        ("render", [1], r"found the value \[1\] for render"),
         ("shards", [], "expected a valid manifest of shards, but found no samples"),
     ],
 )

@@ -147,7 +147,7 @@ def _no_view(members, sample):
         (_two_sizes, "expected views of one size, but found 16 x 16, 32 x 32"),
         (_opaque, "expected a transparent background, but found 8 views without a transparent pixel"),
         (_both_formats, "once, but found the additional member view_005.webp"),
-        (_other_surface, "expected points of surface.npy that cover the object"),
+        (_other_surface, "expected points in surface.npy that cover the object"),
         (_broken_measures, "expected finite measures"),
         (_another_size, "expected views of (32, 32) pixels like most objects, but found (16, 16)"),
         (_fewer_views, "expected 8 views as in the manifest, but found 4"),
@@ -299,6 +299,6 @@ def test_too_many_pixels_raise_an_error_before_all_views_are_decoded(monkeypatch
     check_views(sample)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32 - 1)
     with pytest.raises(
-        SampleError, match="sample 'a': expected at most 8191 pixels in all views, but found more"
+        SampleError, match="sample 'a': expected a total of at most 8191 pixels in all views, but found more"
     ):
         check_views(sample)

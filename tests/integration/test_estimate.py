@@ -145,7 +145,7 @@ def test_the_operations_of_the_parts_sum_to_the_total(middle, capsys):
             "expected a multiple of 8 GPUs, the number per node, but found 12 GPUs",
         ),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
-        (["--model.lrm.width", "3"], "expected arguments of `lrm fit`"),
+        (["--model.lrm.width", "3"], "expected valid arguments of `lrm fit`"),
         (["--gpus", "-1"], "--gpus must be at least 0"),
         (["--gpus", "8", "--network", "nan"], "--network greater than 0"),
         (

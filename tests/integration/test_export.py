@@ -111,7 +111,7 @@ def test_an_invalid_export_is_rejected_and_writes_nothing(fit, tmp_path):
     with pytest.raises(SystemExit, match=r"expected the config of the run .*--config RUN/config\.yaml"):
         export([str(folder), str(out)])
     (tmp_path / "other.yaml").write_text("data: {}\n")
-    with pytest.raises(SystemExit, match=r"expected a section model\.lrm"):
+    with pytest.raises(SystemExit, match=r"expected a model\.lrm section"):
         export([str(folder), str(out), "--config", str(tmp_path / "other.yaml")])
     assert not list(tmp_path.glob("out*"))
     export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])

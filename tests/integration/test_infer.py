@@ -249,7 +249,9 @@ def test_a_missing_video_encoder_is_reported_before_the_reconstruction(
         "--resolution",
         "48",
     ]
-    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to encode videos, but found none"):
+    with pytest.raises(
+        SystemExit, match=r"^lrm: OpenCV is required to encode videos, but it is not installed"
+    ):
         main(words)
     main([*words, "--frames", "0"])
     assert (tmp_path / "cut" / "mesh.glb").is_file()

@@ -309,7 +309,8 @@ def test_images_with_nan_values_result_in_nan_metrics(fit, tmp_path, caplog):
     found = plain.validate(module, trainer.datamodule, verbose=False)
     assert all(math.isnan(part[name]) for part in found for name in part if name.startswith("val/"))
     assert (
-        "The metrics of heldout at step 0 are NaN: image metrics: expected finite predictions" in caplog.text
+        "The metrics of the heldout set at step 0 are NaN: image metrics: expected finite predictions"
+        in caplog.text
     )
 
 

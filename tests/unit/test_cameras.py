@@ -66,7 +66,9 @@ def test_intrinsics_of_a_crop():
     # A 100 x 200 image (H x W), f = 0.5 widths = 100 px, f = 1 height = 100 px, center (100, 50) px. The window of
     # 50 rows x 40 columns at row 10, column 60: fx = 100 / 40, fy = 100 / 50,
     # cx = (100 - 60) / 40, cy = (50 - 10) / 50.
-    cropped = resize_and_crop(torch.tensor([0.5, 1.0, 0.5, 0.5]), (100, 200), (10, 60, 50, 40))
+    cropped = resize_and_crop(
+        torch.tensor([0.5, 1.0, 0.5, 0.5]), (100, 200), torch.tensor([10.0, 60, 50, 40])
+    )
     assert torch.allclose(cropped, torch.tensor([2.5, 2.0, 1.0, 0.8]))
 
 

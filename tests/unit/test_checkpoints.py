@@ -129,7 +129,7 @@ DAMAGES = {
     changed(
         "version", 2
     ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote the checkpoint",
-    changed("files", {}): r"expected the names of \.metadata.*Do not trust this checkpoint",
+    changed("files", {}): r"expected \.metadata and only names of files.*Do not trust this checkpoint",
     changed("files", {"../x": [1, "0"], ".metadata": [1, "0"]}): r"\.\./x.*Do not trust",
     changed("files", 3): "expected a valid checkpoint index, but found AttributeError",
 }

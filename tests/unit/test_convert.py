@@ -178,7 +178,7 @@ def test_the_error_for_a_damaged_folder_names_the_reason(tmp_path):
     with pytest.raises(ValueError, match="expected a safetensors file, but found a damaged file"):
         LRMPipeline.from_pretrained(out)
     config.write_text(config.read_text().replace("depth: 2", "depths: 2"))
-    with pytest.raises(ValueError, match="expected a section model that is valid in this version"):
+    with pytest.raises(ValueError, match="expected a model section that is valid in this version"):
         LRMPipeline.from_pretrained(out)
     config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
     with pytest.raises(ValueError, match="expected the name of a timm model, but found 'no_such_vit'"):

@@ -59,7 +59,7 @@ def test_normals_are_exact_to_half_a_degree():
 
 @pytest.mark.parametrize("depth", [-1.0, 0.0001, 8.1, np.inf, np.nan])
 def test_depth_out_of_range_raises_an_error(depth):
-    with pytest.raises(SampleError, match=r"expected depths of 0 or from 0\.001 to 8\.0"):
+    with pytest.raises(SampleError, match=r"expected depths that are 0 or between 0\.001 and 8\.0"):
         encode_depth(np.array([[1.0, depth]]))
 
 
@@ -93,7 +93,7 @@ def text_bomb(mode):
         (
             DEPTH,
             write_pixels(np.full((2, 2), 7, np.uint16)),
-            r"depths of 0 or from 0\.001 to 8\.0 in depth_000\.png",
+            r"depths that are 0 or between 0\.001 and 8\.0 in depth_000\.png",
         ),
         (NORMAL, png("RGBA"), r"a PNG of mode RGB .* in normal_000\.png, but found mode RGBA"),
         (NORMAL, png("I;16"), "found mode I;16"),

@@ -95,7 +95,7 @@ def test_a_container_mounts_the_working_folder_and_the_data(checkout, tmp_path_f
 
 
 def test_a_mounted_path_with_a_comma_is_rejected(checkout):
-    with pytest.raises(InputError, match="without commas and colons"):
+    with pytest.raises(InputError, match="without commas or colons"):
         command_of(a_launch(), container="image", mounts=["/data/a,b"])
 
 

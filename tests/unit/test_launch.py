@@ -133,7 +133,7 @@ def test_master_does_not_use_slurm(checkout, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{checkout}:{os.environ['PATH']}")
     given = ["--gpus=0", "--processes=2", "-c", "mine.yaml", "--dry-run"]
     with pytest.raises(
-        SystemExit, match=r"Unable to contact slurm controller. Correct .*MASTER=localhost with GPUS="
+        SystemExit, match=r"Unable to contact slurm controller. Fix .*MASTER=localhost with GPUS="
     ):
         main(given)
     main([*given, "--master=localhost"])

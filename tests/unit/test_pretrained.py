@@ -144,7 +144,7 @@ def test_the_framing_and_the_camera_of_training_are_used(pretrained, photo):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "found a run without checkpoints"),
-        (lambda folder: (folder / "config.yaml").write_text("a: 1"), "expected a section model.lrm"),
+        (lambda folder: (folder / "config.yaml").write_text("a: 1"), "expected a model.lrm section"),
         (lambda folder: (folder / "input.yaml").write_text("distance: near"), "found distance"),
         (
             lambda folder: (folder / "input.yaml").write_text("[1]"),

@@ -21,7 +21,7 @@ def test_rays_pass_through_pixel_centers():
 def test_rays_of_a_crop_equal_the_rays_of_the_full_image():
     camera = torch.tensor([1.2, 1.2, 0.5, 0.5])
     _, whole = pixel_rays(POSE, camera, 64, 64)
-    _, part = pixel_rays(POSE, resize_and_crop(camera, (64, 64), (7, 30, 16, 20)), 16, 20)
+    _, part = pixel_rays(POSE, resize_and_crop(camera, (64, 64), torch.tensor([7.0, 30, 16, 20])), 16, 20)
     assert torch.allclose(part, whole[7:23, 30:50], atol=1e-6)
 
 

@@ -280,7 +280,7 @@ def test_a_web_server_without_range_requests_raises_an_error(shards):
 
 def test_invalid_cache_settings_raise_an_error():
     for wrong in ({"gigabytes": -1.0}, {"attempts": 0}, {"ahead": -1}):
-        with pytest.raises(InputError, match="of 0 or more"):
+        with pytest.raises(InputError, match="to be 0 or more"):
             CacheConfig(**wrong)
 
 

@@ -188,8 +188,9 @@ def test_the_hit_fraction_equals_that_of_random_crops():
     draw, count = torch.Generator().manual_seed(0), 0.0
     for _ in range(300):
         side = int(torch.randint(128, 385, (), generator=draw))
-        top, left = torch.randint(0, side - 127, (2,), generator=draw).tolist()
-        camera = resize_and_crop(cameras.fxfycxcy[:1], (side, side), (top, left, 128, 128))
+        corner = torch.randint(0, side - 127, (1, 2), generator=draw)
+        window = torch.cat([corner, torch.full((1, 2), 128)], dim=1).float()
+        camera = resize_and_crop(cameras.fxfycxcy[:1], (side, side), window)
         near, far = ray_interval(*pixel_rays(cameras.c2w[:1], camera, 32, 32), "sphere")
         count += (far > near).float().mean().item() / 300
     assert hit_fraction("sphere", crop, cameras) == pytest.approx(count, abs=0.01)

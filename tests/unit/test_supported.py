@@ -47,7 +47,7 @@ def trainer(**options):
         ({"gradient_clip_val": float("nan")}, "of at least 0, but found nan"),
         (
             {"val_check_interval": "00:00:10:00"},
-            "val_check_interval as a positive multiple of .*, but found a duration",
+            "val_check_interval to be a positive multiple of .*, but found a duration",
         ),
     ],
 )

@@ -54,11 +54,13 @@ class Finding:
 def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[tuple[str, Finding]]:
     """Merge the findings of all nodes into the rows of a table, with one row per distinct finding of a check.
 
+    If the findings of a check must be the same on all nodes but differ, the verdict "ok" is replaced with "missing".
+
     Args:
-        reports: Findings by name of the node.
+        reports: Mapping from node name to findings.
 
     Returns:
-        Rows of two values, the names of the nodes (empty if all nodes have the finding) and the finding.
+        One tuple per row, with the names of the nodes (empty if all nodes have the same finding) and the finding.
     """
     checks: dict[str, dict[Finding, list[str]]] = {}
     for node, findings in reports.items():
@@ -82,7 +84,7 @@ def print_table(rows: Sequence[tuple[str, Finding]]) -> bool:
         rows: Rows as returned by ``merge_findings``.
 
     Returns:
-        Whether no row has the verdict "missing".
+        False if a row has the verdict "missing", and True otherwise.
     """
     console = Console()
     if not console.is_terminal:

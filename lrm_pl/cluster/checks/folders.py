@@ -1,4 +1,4 @@
-"""Checks whether folders are writable, have enough free space, and are shared by all nodes."""
+"""Checks that folders are writable, have enough free space, and are shared by all nodes."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ def token(folder: Path, job: str, node: str) -> Path:
 
 
 def write_token(folder: Path, job: str, node: str) -> None:
-    """Write the token of this node.
+    """Create the token file of this node, whose path is ``token(folder, job, node)``.
 
     Errors are ignored because ``writable`` reports the reason and the other nodes report the missing token.
     """
@@ -65,7 +65,7 @@ def unseen_tokens(folder: Path, job: str, nodes: Sequence[str], timeout_s: float
 
     Args:
         folder: The folder that contains the tokens.
-        job: Id of the Slurm job.
+        job: ID of the Slurm job.
         nodes: Names of the nodes.
         timeout_s: Maximum waiting time in seconds. Network file systems may show new files with a delay.
     """

@@ -59,7 +59,7 @@ def bf16(run: RunRequirements) -> Finding:
 
 
 def collectives(run: RunRequirements) -> Finding:
-    """Check that the backend of collectives is available, which is NCCL on GPUs and Gloo on CPUs."""
+    """Check that the backend for collectives is available (NCCL for GPUs, Gloo for CPUs)."""
     backend = "nccl" if run.gpus else "gloo"
     if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
         remedy = f"install a build of PyTorch with {backend}, such as the wheels on PyPI"
@@ -90,7 +90,7 @@ def shared_memory_of(total: int, workers: int) -> Finding:
 
 
 def open_files() -> Finding:
-    """Check the limit on open files, because data workers share tensors as open files."""
+    """Check the limit on open files, because data workers share tensors through file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     remedy = f"raise the limit with `ulimit -n 1024` (the hard limit is {hard})"
     return Finding("open files", f"at most {soft}", warning=remedy if 0 <= soft < 1024 else "")

@@ -59,7 +59,7 @@ class NodeExchange:
         self.names: list[str] = self.all_gather("name", os.environ["SLURMD_NODENAME"])
 
     def all_gather(self, key: str, value: object) -> list[Any]:
-        """Return the values of all nodes, ordered by rank, after all nodes have called this method with the key."""
+        """Return the values of all nodes, ordered by rank, once all nodes have called this method with the same key."""
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
         return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.count)]
 

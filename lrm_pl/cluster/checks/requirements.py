@@ -21,15 +21,15 @@ class RunRequirements:
         nodes: Number of nodes.
         processes: Number of processes per node.
         gpus: Number of GPUs per node. If 0, the run uses CPUs.
-        precision: Lightning's name of the precision.
+        precision: Value of ``trainer.precision``, for example ``bf16-mixed``.
         accumulate: Number of accumulated batches per optimizer step.
         batch_size: Number of objects per optimizer step.
         views: Number of views per object.
         workers: Number of data loader workers per process.
-        bounds: Value of ``bounds`` of the renderer.
+        bounds: Value of ``model.renderer.bounds``.
         sets: The data sets.
         run: Folder of the run.
-        weights: Files of pretrained weights by name in the catalog.
+        weights: Mapping from names in the weight catalog to files of pretrained weights.
         source: Value of ``weights.source`` in the config.
     """
 
