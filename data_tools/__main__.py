@@ -195,7 +195,7 @@ def _add_render(commands: "Commands") -> None:
     add(
         "--jobs",
         type=_between(1, _MAX_JOBS),
-        help="maximum number of Blender processes (default: one per GPU, or one per two CPUs, at least two)",
+        help="maximum number of Blender processes (default: one per GPU; without a GPU, one per two CPUs and at least two)",
     )
     add("--preset", choices=sorted(PRESETS), default="frame", help=f"camera preset {default}")
     add(

@@ -50,8 +50,8 @@ def require_image_pairs(prediction: Tensor, target: Tensor) -> None:
     shape = prediction.shape
     if shape != target.shape or len(shape) != 4 or shape[1] != 3 or prediction.numel() == 0:
         raise ValueError(
-            "expected two non-empty batches of RGB images (n, 3, h, w) of the same shape, but found "
-            f"prediction {tuple(shape)} and target {tuple(target.shape)}. Resize or crop one of them"
+            "expected two non-empty batches of RGB images of the same shape (n, 3, h, w), but found prediction "
+            f"{tuple(shape)} and target {tuple(target.shape)}"
         )
 
 

@@ -23,7 +23,10 @@ OPTIONAL = {"adam": "the optimizer state starts empty", "average": "the average 
 
 
 def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]:
-    """Return weights, optimizer state and moving average by checkpoint name. The tensors share memory with the run."""
+    """Return a mapping from tensor names to the tensors of a checkpoint, which are not copied.
+
+    The tensors are the weights, the optimizer state and the moving average.
+    """
     access = state_access(trainer, module.lrm)
     tensors = access.network() | access.optimizer_state()
     for callback in _averages(trainer):
