@@ -195,7 +195,7 @@ def _add_render(commands: "Commands") -> None:
     add(
         "--jobs",
         type=_between(1, _MAX_JOBS),
-        help="maximum number of Blender processes (default: one per GPU; without a GPU, one per two CPUs and at least two)",
+        help="number of Blender processes (default: one per GPU; without GPUs, one per two CPUs but at least 2)",
     )
     add("--preset", choices=sorted(PRESETS), default="frame", help=f"camera preset {default}")
     add(
