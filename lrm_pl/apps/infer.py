@@ -21,7 +21,7 @@ from lrm_pl.apps.options import add_background, add_fields, add_model, load_pipe
 from lrm_pl.errors import InputError, counted, exit_on_error
 from lrm_pl.inference.find_images import find_images
 from lrm_pl.inference.find_model import find_model
-from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
+from lrm_pl.inference.options import TEXTURE_FACES, TEXTURE_SIDE, MeshOptions
 from lrm_pl.meshing.mesh import MESH_FORMATS
 from lrm_pl.paths import require_out, user_path
 
@@ -155,10 +155,10 @@ def _parser() -> argparse.ArgumentParser:
         "--texture",
         type=_texture_side,
         nargs="?",
-        const=1024,
+        const=TEXTURE_SIDE,
         default=0,
         metavar="SIDE",
-        help=f"bake a texture with a side length of about SIDE pixels (1024 if omitted), and limit the mesh to "
+        help=f"bake a texture with a side of about SIDE pixels ({TEXTURE_SIDE} if omitted), and limit the mesh to "
         f"{TEXTURE_FACES} faces unless --faces is given",
     )
     add(

@@ -223,7 +223,7 @@ class _Reader(FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler for ``.metadata`` that allows only classes of ``torch.distributed.checkpoint`` and dtypes."""
+    """Unpickler for ``.metadata`` that allows only torch dtypes and the globals in ``ALLOWED``."""
 
     _MODULE = "torch.distributed.checkpoint"
     ALLOWED = frozenset({

@@ -9,6 +9,9 @@ import math
 from lrm_pl.errors import InputError
 from lrm_pl.meshing.mesh import MeshFormat
 
+#: Default side length of a texture in pixels.
+TEXTURE_SIDE = 1024
+
 #: Default maximum number of faces for texture baking. The run time of xatlas grows superlinearly with this number.
 TEXTURE_FACES = 20_000
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera, PosedCamera, orbit
-from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
+from lrm_pl.inference.options import TEXTURE_FACES, TEXTURE_SIDE, MeshOptions
 from lrm_pl.meshing.mesh import Mesh
 from lrm_pl.meshing.surface import extract_mesh, sample_colors, surface_density
 from lrm_pl.meshing.texture import bake_texture
@@ -101,7 +101,7 @@ class Scene:
             max_faces=max_faces,
         )
 
-    def bake_texture(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
+    def bake_texture(self, mesh: Mesh, size: int = TEXTURE_SIDE, limit_s: float = 60.0) -> Mesh:
         """Return a copy of a mesh with UV coordinates and a texture.
 
         Args:

@@ -18,7 +18,7 @@ Color = Callable[[np.ndarray], np.ndarray]
 _CHUNK = 1 << 21
 
 
-def bake_texture(mesh: Mesh, color: Color, size: int = 1024, limit_s: float = 60.0) -> Mesh:
+def bake_texture(mesh: Mesh, color: Color, size: int, limit_s: float = 60.0) -> Mesh:
     """Unwrap a mesh, and bake a texture map.
 
     Vertices at seams are duplicated.

@@ -245,7 +245,7 @@ def _with_slack(peak: float) -> float:
 def _compute(
     costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, efficiency: Efficiency, *, fused: bool
 ) -> float:
-    """Return the time in seconds of all batches of an optimizer step, gradient clipping and AdamW."""
+    """Return the time of an optimizer step, including gradient accumulation, clipping and AdamW, in seconds."""
     values = CLIPPING_VALUES + (FUSED_VALUES if fused else FOREACH_VALUES)
     return accumulate * _roofline(costs, gpu, efficiency) + values * stepped / (
         efficiency.bytes * gpu.bandwidth
