@@ -88,7 +88,7 @@ def get_layout(
         )
         return Layout(name, find, read, lambda _: video, "sphere")
     if views is not None or masks is not None:
-        raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
+        raise LayoutError(expected="--from mvimgnet if --views or --masks is passed", found=f"--from {name}")
     layout = RENDER_LAYOUTS[name]
     find = partial(find_folders, names=layout.names)
     return Layout(name, find, layout.read, partial(_view_format, images=layout.images), "cube")

@@ -65,7 +65,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Steppable, model: L.LightningModule, closure: Callable[[], object], **_: object
     ) -> object:
-        """Run one batch. If it completes an optimizer step, check and clip the gradient before the step."""
+        """Run one batch. After the last accumulated batch, check and clip the gradient before the optimizer step."""
         closure()
         engine: Any = model.trainer.model
         if engine.is_gradient_accumulation_boundary():
