@@ -230,7 +230,7 @@ def test_malicious_arrays_and_archives_are_rejected(tmp_path):
 
 def test_options_of_another_layout_and_out_of_range_numbers_are_rejected(tmp_path):
     with pytest.raises(
-        LayoutError, match="--views and --masks with --from mvimgnet only, but found --from openlrm"
+        LayoutError, match="--from mvimgnet if --views or --masks is passed, but found --from openlrm"
     ):
         get_layout("openlrm", tmp_path, views=8)
     with pytest.raises(LayoutError, match="expected a value of --res from 1 to 4096, but found 0"):
