@@ -54,7 +54,7 @@ def bad_objects(root, layout):
             "missing-image",
             f"expected {VIEWS} views of 32 x 32 pixels, as for most objects, but found {VIEWS - 1}",
         ),
-        ("other-size", "as most objects have, but found 6 views of 64 x 64 pixels"),
+        ("other-size", "as for most objects, but found 6 views of 64 x 64 pixels"),
         ("opaque-image", "expected RGBA views, but found mode RGB"),
         ("opaque-palette", "expected RGBA views, but found mode P"),
         ("hdr-image", r"003\.png: expected .*found PQ, which is HDR"),
