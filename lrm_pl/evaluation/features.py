@@ -79,7 +79,8 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise InputError(
-            expected="torch-fidelity is required to compute FID and KID, but it is not installed",
+            expected="an installation of torch-fidelity to compute FID and KID",
+            found="none",
             remedy="install it with pip install -e '.[evaluate]'",
         ) from error
     found = resolve("inception", path=path, sha256=sha256)

@@ -57,7 +57,8 @@ class BackgroundRemover:
             import rembg  # noqa: F401
         except ImportError as error:
             raise RemoverError(
-                expected="rembg is required for background removal, but it is not installed",
+                expected="an installation of rembg for background removal",
+                found="none",
                 remedy="install it with pip install -e '.[infer]', or use images with an alpha channel",
             ) from error
         try:

@@ -44,7 +44,8 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
         import cv2
     except ImportError as error:
         raise InputError(
-            expected="OpenCV is required to encode videos, but it is not installed",
+            expected="an installation of OpenCV to encode videos",
+            found="none",
             remedy="install it with pip install -e '.[infer]', or disable the orbit with --frames 0",
         ) from error
     height, width = frames[0].shape[:2]

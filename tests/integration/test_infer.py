@@ -250,7 +250,7 @@ def test_a_missing_video_encoder_is_reported_before_the_reconstruction(
         "48",
     ]
     with pytest.raises(
-        SystemExit, match=r"^lrm: OpenCV is required to encode videos, but it is not installed"
+        SystemExit, match=r"^lrm: expected an installation of OpenCV to encode videos, but found none"
     ):
         main(words)
     main([*words, "--frames", "0"])

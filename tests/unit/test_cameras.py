@@ -72,6 +72,14 @@ def test_intrinsics_of_a_crop():
     assert torch.allclose(cropped, torch.tensor([2.5, 2.0, 1.0, 0.8]))
 
 
+def test_intrinsics_of_several_crops_equal_those_of_each_crop():
+    cameras = torch.tensor([[0.5, 1.0, 0.5, 0.5], [0.7, 0.9, 0.4, 0.6]])
+    windows = torch.tensor([[10.0, 60, 50, 40], [0.0, 8, 20, 30]])
+    cropped = resize_and_crop(cameras, (100, 200), windows)
+    # Second crop: fx = 0.7 * 200 / 30, fy = 0.9 * 100 / 20, cx = (80 - 8) / 30, cy = (60 - 0) / 20.
+    assert torch.allclose(cropped, torch.tensor([[2.5, 2.0, 1.0, 0.8], [14 / 3, 4.5, 2.4, 3.0]]))
+
+
 def test_the_order_of_elements_in_the_camera_vector():
     pose = torch.arange(16.0).view(4, 4)
     vector = camera_vector(pose, torch.tensor([16.0, 17.0, 18.0, 19.0]))
